@@ -1,0 +1,75 @@
+"""What a workload is: a real training run, complete with data, that farcli can repeat from a seed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Batch = tuple[Tensor, ...]
+
+
+class Workload(ABC):
+    """A network, its data, its optimiser and its held-out measure.
+
+    Implementations are final; options are the fields of the frozen dataclass `Config`, each with
+    `metadata={"help": …}`. Everything random is drawn from the seeds given, never from global state.
+
+    Runs in lockstep: where `lockstep` is true, one model trains all runs at once and every parameter
+    and buffer carries a leading axis over runs; elsewhere a model holds one run, and `seeds` has length 1.
+    """
+
+    Config: ClassVar[type]
+    lockstep: ClassVar[bool]
+    summary: ClassVar[str]
+    """One line for listings: what is trained on what."""
+    default_steps: ClassVar[int]
+    default_every: ClassVar[int]
+    needs: ClassVar[str | None] = None
+    """The extra of the package that its data comes with ("demo"), None for none."""
+
+    @abstractmethod
+    def __init__(self, config: Any) -> None:
+        """Prepare the data.
+
+        Raises:
+            UsageError: the data or a package it needs is not there; says which and how to get it.
+        """
+
+    @property
+    @abstractmethod
+    def config(self) -> Any:
+        """The options, an instance of `Config`."""
+
+    @abstractmethod
+    def model(self, seeds: Sequence[int]) -> nn.Module:
+        """A freshly initialised network, in training mode."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The optimiser that trains it."""
+
+    @abstractmethod
+    def batches(self, seeds: Sequence[int]) -> Iterator[Batch]:
+        """Endless training batches, one per optimiser step, in an order the seeds determine."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Training loss of a batch: a scalar, or shape [runs] in lockstep."""
+
+    @abstractmethod
+    def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
+        """Held-out measures of a network that holds one run; leaves its weights and buffers unchanged.
+
+        Returns:
+            "loss" always, "accuracy" (0 to 1) where it makes sense.
+        """
+
+    @abstractmethod
+    def chance(self) -> dict[str, float]:
+        """The same measures for the best guess that ignores the input: the line to be under."""
+
+    @abstractmethod
+    def evaluation_cost(self) -> float:
+        """Cost of one `evaluate` in training steps (a forward pass is a third of a step)."""
