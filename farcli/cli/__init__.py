@@ -1,0 +1,1 @@
+"""The command line: one file a subcommand, each parses, calls a verb and renders; nothing heavy at import."""

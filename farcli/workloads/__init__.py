@@ -1,0 +1,1 @@
+"""Training runs that farcli can repeat from a seed."""
