@@ -1,0 +1,117 @@
+"""A fitted forecaster in one safetensors file: its tensors, options, problem and provenance."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from farcli.config import configure
+from farcli.errors import StoreError, UsageError
+from farcli.files import write_file
+from farcli.forecasters.base import FittedForecaster, Forecaster, Problem
+from farcli.forecasters.table import FORECASTERS
+from farcli.layout import Layout
+from farcli.registry import resolve
+
+SCHEMA = 1
+_KEY = "farcli"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artefact:
+    """A forecaster with what it was fitted for and how.
+
+    Attributes:
+        method: its name in the table, or "package.module:Class".
+        forecaster: ready to forecast.
+        problem: layout, context and target steps it was fitted for.
+        provenance: versions, command, training stores and runs.
+    """
+
+    method: str
+    forecaster: Forecaster
+    problem: Problem
+    provenance: dict[str, Any]
+
+
+def build(method: str, options: Mapping[str, str]) -> Forecaster:
+    """The unfitted forecaster a name and its options stand for.
+
+    Raises:
+        UsageError: unknown method or option.
+    """
+    cls: type[Forecaster] = resolve("forecaster", method, FORECASTERS)
+    if not isinstance(cls, type) or not issubclass(cls, Forecaster):
+        raise UsageError(f"forecaster {method!r}: is not a Forecaster class.")
+    return cls(configure(cls.Config, options, method))
+
+
+def save(artefact: Artefact, path: Path, *, replace: bool) -> None:
+    """Write the file; it appears whole or not at all.
+
+    Raises:
+        UsageError: the file exists and `replace` is false.
+        ResourceError: the disk is full.
+    """
+    from safetensors.torch import save as to_bytes
+
+    forecaster, problem = artefact.forecaster, artefact.problem
+    tensors = forecaster.tensors() if isinstance(forecaster, FittedForecaster) else {}
+    header = {
+        "schema": SCHEMA,
+        "method": artefact.method,
+        "options": {key: str(value) for key, value in asdict(forecaster.config).items()},
+        "layout": problem.layout.to_json(),
+        "coordinates": problem.coordinates,
+        "runs": problem.runs,
+        "context": list(problem.steps_C),
+        "targets": list(problem.steps_H),
+        "provenance": artefact.provenance,
+    }
+    write_file(path, to_bytes(tensors, metadata={_KEY: json.dumps(header)}), replace=replace)
+
+
+def load(path: Path) -> Artefact:
+    """Read a file that `save` wrote.
+
+    Raises:
+        StoreError: missing, damaged, not ours, or of a newer schema.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise StoreError(f"{path}: no such file.", hint="`farcli fit METHOD STORE -o FILE` makes one.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_KEY)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (SafetensorError, OSError) as error:
+        raise StoreError(f"{path}: not a readable safetensors file ({error}).") from error
+    if text is None:
+        raise StoreError(f"{path}: is a safetensors file, but not one that `farcli fit` wrote.")
+    try:
+        header = json.loads(text)
+        schema, method = int(header["schema"]), str(header["method"])
+        if schema > SCHEMA:
+            raise StoreError(
+                f"{path}: has schema {schema}, and this farcli reads up to {SCHEMA}.", hint="Upgrade farcli."
+            )
+        problem = Problem(
+            layout=Layout.from_json(header["layout"]),
+            coordinates=int(header["coordinates"]),
+            runs=int(header["runs"]),
+            steps_C=tuple(int(step) for step in header["context"]),
+            steps_H=tuple(int(step) for step in header["targets"]),
+            memory=0,
+        )
+        options, provenance = dict(header["options"]), dict(header["provenance"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path}: its farcli header is not readable ({type(error).__name__}: {error}).") from error
+    unfitted = build(method, options)
+    forecaster = (
+        type(unfitted).restore(unfitted.config, problem, tensors)
+        if isinstance(unfitted, FittedForecaster)
+        else unfitted
+    )
+    return Artefact(method=method, forecaster=forecaster, problem=problem, provenance=provenance)

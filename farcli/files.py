@@ -1,0 +1,62 @@
+"""Writing files whole or not at all. Standard library only."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from farcli.errors import FarcliError, ResourceError, UsageError
+
+
+def refuse_existing(path: Path, replace: bool) -> None:
+    """Check, before any work, that an output may be written.
+
+    Raises:
+        UsageError: it exists and `replace` is false, or its folder cannot hold it.
+    """
+    if path.exists() and not replace:
+        raise UsageError(f"{path}: already exists.", hint="Pass --force to replace it, or choose another -o.")
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UsageError(f"{path}: {path.parent} is not a folder.")
+
+
+def disk_error(path: object, error: OSError) -> FarcliError:
+    """What the user is told when the system refuses a write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ResourceError(f"{path}: no space left to write it.", hint="Free some space and run the command again.")
+    return UsageError(f"{path}: cannot be written ({error.strerror or error}).")
+
+
+@contextmanager
+def staged_file(path: Path, replace: bool) -> Iterator[Path]:
+    """A temporary sibling to write to; renamed to `path` when the block ends well, removed when not.
+
+    Raises:
+        UsageError: `path` exists and `replace` is false, or the system refuses.
+        ResourceError: no space left.
+    """
+    refuse_existing(path, replace)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        refuse_existing(path, replace)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: bytes, *, replace: bool) -> None:
+    """Write `data` to `path`, whole or not at all.
+
+    Raises:
+        UsageError: it exists and `replace` is false, or the system refuses.
+        ResourceError: no space left.
+    """
+    with staged_file(path, replace) as temporary:
+        temporary.write_bytes(data)

@@ -1,0 +1,280 @@
+"""The one place where stored trajectories become torch tensors: blocks within a memory budget, read ahead.
+
+Shape suffixes: B runs of a block, C snapshots of the context, H horizons, D coordinates of the block.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farcli.config import format_size
+from farcli.errors import NonFiniteError, ResourceError, StoreError, UsageError
+from farcli.forecasters.base import Coupling, Prefix
+from farcli.store import Trajectory
+
+_BUFFERS = 2
+"""Blocks in memory at once: the one in use and the one being read."""
+_LARGEST_BLOCK = 64 << 20
+"""Bytes beyond which a larger block no longer reads faster but delays the first result."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Some runs of one store."""
+
+    trajectory: Trajectory
+    runs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One block of coordinates of some runs of one source.
+
+    Attributes:
+        prefix: what was observed.
+        truth_BHD: the recorded weights at the stream's `steps_H`; H = 0 where none were asked for.
+        source: index of the source.
+        runs: labels of the runs, in the order of axis B.
+        stop: index, in the whole vector, one past the block's last coordinate.
+    """
+
+    prefix: Prefix
+    truth_BHD: Tensor
+    source: int
+    runs: tuple[int, ...]
+    stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a source is cut: `runs` runs and `width` coordinates a block, `bytes` of host memory in all."""
+
+    runs: int
+    width: int
+    bytes: int
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a name stands for; "auto" takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        UsageError: the name is no device, or the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"device {name!r}: expected auto, cpu, cuda, cuda:N or mps.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r}: this machine has no CUDA device that torch can use.")
+    return device
+
+
+class Stream:
+    """Blocks of chosen runs, snapshots and coordinates of one or more stores.
+
+    Iterating reads each source once, group of runs by group of runs and, within a group, coordinates in
+    order; the next block is read while the current one is used. Tensors of a block are valid until the
+    next one is asked for.
+
+    Args:
+        sources: stores and the runs to take of each.
+        coupling: JOINT gives whole vectors, COORDINATEWISE blocks of them.
+        steps_C: steps of the observed snapshots.
+        steps_H: steps of the true future to read along; may be empty.
+        coordinates: how many coordinates, from the first; all of the vector when None.
+        device: where the tensors shall be.
+        memory: bytes of host memory for the blocks.
+        extra_rows: rows like those of a run that the consumer will hold per run beside the block
+            (its forecasts), counted against `memory`.
+        dtype: dtype of the tensors; the store's own when None.
+
+    Raises:
+        UsageError: a step or run is not in a store, or the stores' vectors differ in length.
+        ResourceError: not even the smallest block fits into `memory`.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        *,
+        coupling: Coupling,
+        steps_C: Sequence[int],
+        steps_H: Sequence[int] = (),
+        coordinates: int | None = None,
+        device: torch.device | None = None,
+        memory: int = 2_000_000_000,
+        extra_rows: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        assert sources and steps_C
+        self.sources = tuple(sources)
+        self.coupling = coupling
+        self.steps_C = tuple(steps_C)
+        self.steps_H = tuple(steps_H)
+        self.device = device or torch.device("cpu")
+        self.dtype = dtype
+        first = self.sources[0].trajectory
+        self.coordinates = first.layout.size if coordinates is None else coordinates
+        for source in self.sources:
+            _check_source(source, self.steps_C + self.steps_H)
+            if source.trajectory.layout.size < self.coordinates:
+                raise UsageError(
+                    f"{source.trajectory.path} has D = {source.trajectory.layout.size} coordinates, "
+                    f"but {first.path} has D = {first.layout.size}; stores taken together must hold the same network."
+                )
+        self._memory = memory
+        self._extra_rows = extra_rows
+        self.plans = tuple(self._plan(source) for source in self.sources)
+
+    @property
+    def runs(self) -> int:
+        """Number of runs over all sources."""
+        return sum(len(source.runs) for source in self.sources)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read from the stores in one pass."""
+        rows = len(self.steps_C) + len(self.steps_H)
+        return sum(len(s.runs) * rows * self.coordinates * s.trajectory.dtype.itemsize for s in self.sources)
+
+    def _plan(self, source: Source) -> Plan:
+        trajectory, item = source.trajectory, source.trajectory.dtype.itemsize
+        rows = len(self.steps_C) + len(self.steps_H)
+        row_bytes = (rows * _BUFFERS + self._extra_rows) * item
+        chunk = max(1, min(trajectory.column_chunk, self.coordinates))
+        unit = self.coordinates if self.coupling is Coupling.JOINT else chunk
+        if row_bytes * unit > self._memory:
+            advice = (
+                "The method needs whole vectors; give more memory or choose a coordinate-wise method."
+                if self.coupling is Coupling.JOINT
+                else "Give more memory, or forecast fewer steps at once with --to."
+            )
+            raise ResourceError(
+                f"--memory {format_size(self._memory)}: too small for one block of {trajectory.path}, "
+                f"which takes {format_size(row_bytes * unit)} ({rows} snapshots of {unit} coordinates, read ahead).",
+                hint=advice,
+            )
+        budget = min(self._memory, _LARGEST_BLOCK * _BUFFERS)
+        runs = max(1, min(len(source.runs), budget // (row_bytes * unit)))
+        width = unit
+        if self.coupling is Coupling.COORDINATEWISE:
+            width = min(self.coordinates, max(1, budget // (row_bytes * runs * chunk)) * chunk)
+        return Plan(runs=runs, width=width, bytes=row_bytes * runs * width)
+
+    def _requests(self) -> Iterator[tuple[int, tuple[int, ...], int, int, int]]:
+        before = 0
+        for index, (source, plan) in enumerate(zip(self.sources, self.plans, strict=True)):
+            for first in range(0, len(source.runs), plan.runs):
+                runs = source.runs[first : first + plan.runs]
+                for start in range(0, self.coordinates, plan.width):
+                    yield index, runs, before + first, start, min(start + plan.width, self.coordinates)
+            before += len(source.runs)
+
+    def __iter__(self) -> Iterator[Block]:
+        buffers: list[np.ndarray | None] = [None] * _BUFFERS
+        steps = [*self.steps_C, *self.steps_H]
+
+        def read(slot: int, request: tuple[int, tuple[int, ...], int, int, int]) -> np.ndarray:
+            index, runs, _, start, stop = request
+            trajectory = self.sources[index].trajectory
+            shape = (len(runs), len(steps), stop - start)
+            count = shape[0] * shape[1] * shape[2]
+            buffer = buffers[slot]
+            if buffer is None or buffer.size < count or buffer.dtype != trajectory.dtype:
+                buffer = buffers[slot] = np.empty(count, trajectory.dtype)
+            out = buffer[:count].reshape(shape)
+            return trajectory.read(runs, steps, start, stop, out=out)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="farcli-read") as reader:
+            requests = self._requests()
+            request = next(requests, None)
+            ahead = reader.submit(read, 0, request) if request is not None else None
+            slot = 0
+            while request is not None and ahead is not None:
+                values = ahead.result()
+                following = next(requests, None)
+                slot = (slot + 1) % _BUFFERS
+                if following is not None:
+                    # This slot held the block before the current one, which the caller has let go of.
+                    ahead = reader.submit(read, slot, following)
+                yield self._block(request, values)
+                request = following
+
+    def _block(self, request: tuple[int, tuple[int, ...], int, int, int], values: np.ndarray) -> Block:
+        index, runs, position, start, stop = request
+        weights = torch.from_numpy(values)
+        if self.dtype is not None or self.device.type != "cpu":
+            weights = weights.to(device=self.device, dtype=self.dtype)
+        context = len(self.steps_C)
+        prefix = Prefix(
+            weights_BCD=weights[:, :context],
+            steps_C=self.steps_C,
+            layout=self.sources[index].trajectory.layout,
+            start=start,
+            runs_B=tuple(range(position, position + len(runs))),
+        )
+        return Block(prefix=prefix, truth_BHD=weights[:, context:], source=index, runs=runs, stop=stop)
+
+
+def _check_source(source: Source, steps: Sequence[int]) -> None:
+    trajectory = source.trajectory
+    recorded = set(trajectory.steps)
+    for step in steps:
+        if step not in recorded:
+            span = f"{trajectory.steps[0]}…{trajectory.steps[-1]}" if trajectory.steps else "none"
+            raise UsageError(
+                f"{trajectory.path}: step {step} is not recorded; it has {len(trajectory.steps)} snapshots, steps {span}."
+            )
+    for run in source.runs:
+        if run not in trajectory.runs:
+            raise UsageError(f"{trajectory.path}: there is no run {run}; it has runs {_span(trajectory.runs)}.")
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{values[0]}…{values[-1]}" if values else "none"
+
+
+def require_finite(weights_BTD: Tensor, block: Block, path: object, steps: Sequence[int]) -> None:
+    """Refuse NaN and Inf in a block.
+
+    Raises:
+        NonFiniteError: names the store, run, step and tensor of the first one.
+    """
+    # A sum is finite unless something in it is not (or it overflows, which the exact check below decides).
+    if bool(torch.isfinite(weights_BTD.sum())) or bool(torch.isfinite(weights_BTD).all()):
+        return
+    b, t, d = (int(i) for i in torch.nonzero(~torch.isfinite(weights_BTD))[0])
+    layout = block.prefix.layout
+    segment = next(s for s in block.prefix.segments if s.start <= d < s.stop)
+    raise NonFiniteError(
+        f"{path}: run {block.runs[b]}, step {steps[t]}: tensor {layout.floats[segment.slot].name!r} "
+        f"holds {float(weights_BTD[b, t, d])}.",
+        hint="Choose other runs or steps with --runs and --to, or record that run again.",
+    )
+
+
+def open_sources(paths: Sequence[str], runs: str | None, *, partial: bool = False) -> list[Source]:
+    """Open stores and choose the same runs of each.
+
+    Raises:
+        StoreError: a store cannot be opened, or holds nothing.
+        UsageError: runs are out of range.
+    """
+    from farcli.config import parse_selection
+
+    sources = []
+    for path in paths:
+        trajectory = Trajectory.open(path, partial=partial)
+        if not trajectory.steps:
+            raise StoreError(f"{path}: holds no snapshots.")
+        chosen = parse_selection(runs, trajectory.runs, "runs") if runs else trajectory.runs
+        sources.append(Source(trajectory=trajectory, runs=tuple(chosen)))
+    return sources
