@@ -25,13 +25,15 @@ class Artefact:
     Attributes:
         method: its name in the table, or "package.module:Class".
         forecaster: ready to forecast.
-        problem: layout, context and target steps it was fitted for.
+        problem: layout, observed and target steps it was fitted for.
+        context: steps of the whole prefix, of which `problem.steps_C` are those the method looks at.
         provenance: versions, command, training stores and runs.
     """
 
     method: str
     forecaster: Forecaster
     problem: Problem
+    context: tuple[int, ...]
     provenance: dict[str, Any]
 
 
@@ -65,7 +67,8 @@ def save(artefact: Artefact, path: Path, *, replace: bool) -> None:
         "layout": problem.layout.to_json(),
         "coordinates": problem.coordinates,
         "runs": problem.runs,
-        "context": list(problem.steps_C),
+        "context": list(artefact.context),
+        "observed": list(problem.steps_C),
         "targets": list(problem.steps_H),
         "provenance": artefact.provenance,
     }
@@ -101,10 +104,11 @@ def load(path: Path) -> Artefact:
             layout=Layout.from_json(header["layout"]),
             coordinates=int(header["coordinates"]),
             runs=int(header["runs"]),
-            steps_C=tuple(int(step) for step in header["context"]),
+            steps_C=tuple(int(step) for step in header["observed"]),
             steps_H=tuple(int(step) for step in header["targets"]),
             memory=0,
         )
+        context = tuple(int(step) for step in header["context"])
         options, provenance = dict(header["options"]), dict(header["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: its farcli header is not readable ({type(error).__name__}: {error}).") from error
@@ -114,4 +118,4 @@ def load(path: Path) -> Artefact:
         if isinstance(unfitted, FittedForecaster)
         else unfitted
     )
-    return Artefact(method=method, forecaster=forecaster, problem=problem, provenance=provenance)
+    return Artefact(method=method, forecaster=forecaster, problem=problem, context=context, provenance=provenance)

@@ -114,7 +114,8 @@ class Stream:
         extra_rows: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
-        assert sources and steps_C
+        assert sources
+        assert steps_C
         self.sources = tuple(sources)
         self.coupling = coupling
         self.steps_C = tuple(steps_C)
@@ -231,7 +232,8 @@ def _check_source(source: Source, steps: Sequence[int]) -> None:
         if step not in recorded:
             span = f"{trajectory.steps[0]}…{trajectory.steps[-1]}" if trajectory.steps else "none"
             raise UsageError(
-                f"{trajectory.path}: step {step} is not recorded; it has {len(trajectory.steps)} snapshots, steps {span}."
+                f"{trajectory.path}: step {step} is not recorded; "
+                f"it has {len(trajectory.steps)} snapshots, steps {span}."
             )
     for run in source.runs:
         if run not in trajectory.runs:

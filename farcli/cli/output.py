@@ -128,9 +128,8 @@ def emit_pairs(row: Mapping[str, Any], *, form: Format = "auto", title: str | No
         console.print(Text(title, style="bold"), soft_wrap=True)
     width = max((len(key) for key in row), default=0)
     for key, value in row.items():
-        if isinstance(value, dict):
-            value = ", ".join(f"{k}={_cell(v, '')}" for k, v in value.items())
-        console.print(Text(f"  {key:<{width}}  {_cell(value, '')}"), soft_wrap=True)
+        text = ", ".join(f"{k}={_cell(v, '')}" for k, v in value.items()) if isinstance(value, dict) else None
+        console.print(Text(f"  {key:<{width}}  {_cell(value, '') if text is None else text}"), soft_wrap=True)
 
 
 def _console(stream: Any) -> Any:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Terminated(BaseException):  # noqa: N818 - not an error: like KeyboardInterrupt, it unwinds the stack
-    """A signal arrived; unwinding removes whatever is half-written."""
+class Terminated(BaseException):
+    """A signal arrived. No error: like KeyboardInterrupt it unwinds the stack, which removes whatever is half-written."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

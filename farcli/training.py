@@ -1,0 +1,241 @@
+"""The one code path that steps a built-in workload, and the one that evaluates it at given weights."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from farcli import weights
+from farcli.config import configure
+from farcli.errors import StoreError, UsageError
+from farcli.layout import Layout
+from farcli.registry import resolve
+from farcli.workloads.base import Workload, evaluating
+from farcli.workloads.table import WORKLOADS
+
+
+def workload_from(name: str, options: Mapping[str, str]) -> Workload:
+    """A workload by its name in the table (or "package.module:Class"), with options as typed.
+
+    Raises:
+        UsageError: an unknown name or option, or its data is not there.
+    """
+    chosen = resolve("workload", name, WORKLOADS)
+    if not (isinstance(chosen, type) and issubclass(chosen, Workload)):
+        raise UsageError(f"workload {name!r}: is {chosen!r}, expected a subclass of farcli.workloads.base.Workload.")
+    return chosen(configure(chosen.Config, options, name))
+
+
+def describe_workload(name: str, workload: Workload) -> dict[str, Any]:
+    """A JSON object that `workload_of` rebuilds the workload from: its name and every option as text."""
+    config = workload.config
+    return {
+        "name": name,
+        "options": {field.name: _as_typed(getattr(config, field.name)) for field in fields(config)},
+    }
+
+
+def workload_of(header: Mapping[str, Any]) -> Workload | None:
+    """The workload a store was recorded from, or None where its header names none.
+
+    Raises:
+        StoreError: the header's entry is not readable.
+        UsageError: it names a workload or option that this version does not have.
+    """
+    entry = header.get("workload")
+    if entry is None:
+        return None
+    if not (isinstance(entry, Mapping) and isinstance(entry.get("name"), str)):
+        raise StoreError(f"header: workload is {entry!r}, expected a name and options.")
+    options = entry.get("options")
+    if not (isinstance(options, Mapping) and all(isinstance(text, str) for text in options.values())):
+        raise StoreError(f"header: options of workload {entry['name']!r} are {options!r}, expected texts by name.")
+    return workload_from(entry["name"], options)
+
+
+def _as_typed(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)
+
+
+def run_seed(seed: int, run: int) -> int:
+    """The seed of one run: a hash, so that no two commands' seeds share runs.
+
+    Args:
+        seed: of the whole command, at least 0.
+        run: label of the run.
+
+    Returns:
+        A whole number below 2⁵³, which every JSON reader keeps exactly.
+    """
+    if seed < 0:
+        raise UsageError(f"seed {seed}: expected a whole number of at least 0.")
+    return int(np.random.SeedSequence(seed, spawn_key=(run,)).generate_state(1, np.uint64)[0] >> np.uint64(11))
+
+
+class TrainingRun:
+    """A run in training, or all runs of a lockstep workload at once.
+
+    The same seeds give the same weights, bit for bit, on the same machine and versions.
+
+    Args:
+        workload: what to train.
+        seeds: one for each run; exactly one unless the workload trains in lockstep.
+
+    Attributes:
+        step: optimiser steps taken.
+        layout: of one run's vectors.
+    """
+
+    def __init__(self, workload: Workload, seeds: Sequence[int]) -> None:
+        assert workload.lockstep or len(seeds) == 1
+        self.workload = workload
+        self.model = workload.model(seeds)
+        self.optimizer = workload.optimizer(self.model)
+        self.layout = weights.layout_of_module(self.model, lead=int(workload.lockstep))
+        self.step = 0
+        self._batches = workload.batches(seeds)
+
+    def advance(self, steps: int) -> np.ndarray:
+        """Train for some steps, at least one.
+
+        Returns:
+            The last step's training loss, shape [R].
+        """
+        assert steps >= 1
+        loss = torch.empty(0)
+        with threads(self.workload.threads):
+            for _ in range(steps):
+                loss = self.workload.loss(self.model, next(self._batches))
+                self.optimizer.zero_grad()
+                loss.sum().backward()  # of independent runs: each gets the gradient of its own loss
+                self.optimizer.step()
+        self.step += steps
+        return loss.detach().reshape(-1).double().cpu().numpy()
+
+    def vectors(self) -> np.ndarray:
+        """A copy of the weights and float buffers, shape [R, D]."""
+        return self._flat()[0]
+
+    def integers(self) -> np.ndarray:
+        """A copy of the integer buffers, shape [R, I]."""
+        return self._flat()[1]
+
+    def _flat(self) -> tuple[np.ndarray, np.ndarray]:
+        floats, integers = weights.flatten(self.model, self.layout)
+        return floats.reshape(-1, self.layout.size).numpy(), integers.reshape(-1, self.layout.integers).numpy()
+
+    def load(self, vectors: np.ndarray | Tensor, integers: np.ndarray | Tensor | None = None) -> None:
+        """Go on from other weights; optimiser state, step and data order stay as they are.
+
+        Args:
+            vectors: shape [R, D].
+            integers: shape [R, I]; None keeps the integer buffers.
+        """
+        whole = self.integers() if integers is None else integers
+        if not self.workload.lockstep:
+            (vectors,), (whole,) = vectors, whole
+        weights.load(self.model, self.layout, vectors, whole)
+
+
+class Network:
+    """A workload's network, to be evaluated at many weight vectors without being built again.
+
+    Args:
+        workload: whose held-out measure is taken.
+        layout: layout of the vectors.
+
+    Raises:
+        StoreError: the layout is not that of the workload's network.
+    """
+
+    def __init__(self, workload: Workload, layout: Layout) -> None:
+        self.workload = workload
+        self.layout = layout
+        self.model = workload.model([0])
+        own = weights.layout_of_module(self.model, lead=int(workload.lockstep))
+        if own != layout:
+            raise StoreError(
+                f"the stored vectors have D = {layout.size} in {len(layout.slots)} tensors, but the workload's "
+                f"network has D = {own.size} in {len(own.slots)}, or calls them differently.",
+                "Was the store recorded with another version of the workload?",
+            )
+
+    def evaluate(
+        self,
+        vector: np.ndarray | Tensor,
+        integers: np.ndarray | Tensor | None,
+        seed: int,
+        *,
+        reestimate_buffers: bool = False,
+    ) -> dict[str, float]:
+        """Held-out measures of the network at one weight vector.
+
+        Args:
+            vector: weights and float buffers, shape [D].
+            integers: integer buffers, shape [I]; None where the layout has none.
+            seed: of the run, which decides its held-out data.
+            reestimate_buffers: take BatchNorm statistics from training data instead of from `vector`.
+
+        Returns:
+            What `Workload.evaluate` returns; NaN or Inf where the weights lead there.
+        """
+        with threads(self.workload.threads):
+            self._load(vector, integers)
+            if reestimate_buffers:
+                reestimate(self.workload, self.model, seed)
+            return self.workload.evaluate(self.model, seed)
+
+    def reestimated(self, vector: np.ndarray | Tensor, integers: np.ndarray | Tensor | None, seed: int) -> np.ndarray:
+        """The same vector, shape [D], with BatchNorm statistics that fit its weights."""
+        with threads(self.workload.threads):
+            self._load(vector, integers)
+            reestimate(self.workload, self.model, seed)
+            return weights.flatten(self.model, self.layout)[0].reshape(-1).numpy()
+
+    def _load(self, vector: np.ndarray | Tensor, integers: np.ndarray | Tensor | None) -> None:
+        if self.workload.lockstep:
+            vector, integers = vector[None], None if integers is None else integers[None]
+        weights.load(self.model, self.layout, vector, integers)
+
+
+def reestimate(workload: Workload, model: nn.Module, seed: int) -> None:
+    """Replace BatchNorm statistics, in place, by those of the workload's calibration batches at the present weights.
+
+    The mean over the batches; everything but BatchNorm is in evaluation mode (dropout would make it
+    random), and the count of batches seen in training is kept. Nothing changes without BatchNorm.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    if not norms:
+        return
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    with evaluating(model):
+        for norm, (_, count) in zip(norms, before, strict=True):
+            norm.num_batches_tracked = None if count is None else torch.zeros_like(count)
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's cumulative average, which divides by the count
+            norm.train()
+        for batch in workload.calibration(seed):
+            workload.loss(model, batch)
+    for norm, (momentum, count) in zip(norms, before, strict=True):
+        norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Within it, torch computes with so many threads; None changes nothing."""
+    before = torch.get_num_threads()
+    if count is None or count == before:
+        yield
+        return
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
