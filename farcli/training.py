@@ -129,7 +129,7 @@ class TrainingRun:
 
     def _flat(self) -> tuple[np.ndarray, np.ndarray]:
         floats, integers = weights.flatten(self.model, self.layout)
-        return floats.reshape(-1, self.layout.size).numpy(), integers.reshape(-1, self.layout.integers).numpy()
+        return np.atleast_2d(floats.numpy()), np.atleast_2d(integers.numpy())
 
     def load(self, vectors: np.ndarray | Tensor, integers: np.ndarray | Tensor | None = None) -> None:
         """Go on from other weights; optimiser state, step and data order stay as they are.

@@ -139,7 +139,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise UsageError(f"tensor {name!r}: is extra state ({type(value).__name__}), which cannot be recorded.")
-        if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        if nn.parameter.is_lazy(value):
             raise UsageError(f"tensor {name!r}: is lazy and not initialised yet.", "Run one batch through the model.")
     return state
 

@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,6 +30,9 @@ class Workload(ABC):
     default_every: ClassVar[int]
     needs: ClassVar[str | None] = None
     """The extra of the package that its data comes with ("demo"), None for none."""
+    threads: ClassVar[int | None] = None
+    """Threads that torch computes it with; a fixed number makes its runs equal on machines with other
+    numbers of cores, and small networks train fastest with 1. None leaves torch's setting alone."""
 
     @abstractmethod
     def __init__(self, config: Any) -> None:
@@ -66,6 +71,13 @@ class Workload(ABC):
             "loss" always, "accuracy" (0 to 1) where it makes sense.
         """
 
+    def calibration(self, seed: int) -> Iterator[Batch]:
+        """Training batches to re-estimate BatchNorm statistics from, always the same; none where there is none.
+
+        Statistics are averaged over the batches with equal weight.
+        """
+        return iter(())
+
     @abstractmethod
     def chance(self) -> dict[str, float]:
         """The same measures for the best guess that ignores the input: the line to be under."""
@@ -73,3 +85,16 @@ class Workload(ABC):
     @abstractmethod
     def evaluation_cost(self) -> float:
         """Cost of one `evaluate` in training steps (a forward pass is a third of a step)."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, a network is in evaluation mode, without gradients; afterwards each module's mode is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

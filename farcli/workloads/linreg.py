@@ -1,0 +1,177 @@
+"""Gradient Flow Matching's synthetic linear regression, all runs trained at once.
+
+Every run has a task of its own, y = a·x + b + noise with a ~ N(2, 0.1²), b ~ N(1, 0.1²), x ~ U(−1, 1),
+and fits weight·x + bias by mean squared error. The optimisers of `torch.optim` work element by element,
+so stepping the stacked weights of all runs equals stepping each run alone.
+
+Source: arXiv 2505.20221, section 5.1 and appendix A. Defaults are its text with a noise std of 0.1, full
+batch: the noise-free test bed of a forecaster, one step an epoch. The reading that fits its Table 1 best
+(protocol D2) is `--steps 796 --every 4 --set batch=32 --set noise=0.31622776601683794`.
+Differs: nothing is known of the paper's batches or initial bias; they are options here.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite, sqrt
+from typing import Literal, final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
+
+from farcli.workloads.base import Batch, Workload, evaluating
+from farcli.workloads.randomness import Purpose, stream
+
+_SLOPE, _INTERCEPT, _TASK_STD = 2.0, 1.0, 0.1
+_HELD_OUT = 1000
+_FIXED_WEIGHT = 0.5
+_LR = {"adagrad": 0.1}
+_WEIGHT_DECAY = {"adamw": 0.01, "rmsprop": 0.01}
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinregConfig:
+    """Options of `linreg`."""
+
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = field(
+        default="sgd", metadata={"help": "update rule, from torch.optim"}
+    )
+    lr: float | None = field(default=None, metadata={"help": "learning rate; none means 0.01, for adagrad 0.1"})
+    weight_decay: float | None = field(
+        default=None, metadata={"help": "weight decay; none means 0.01 for adamw and rmsprop, else 0"}
+    )
+    init: Literal["normal", "xavier_normal", "xavier_uniform", "fixed"] = field(
+        default="normal",
+        metadata={
+            "help": f"first weight: N(0, 1); Xavier, which for one input and output is N(0, 1) again or U(−√3, √3); "
+            f"or {_FIXED_WEIGHT} in every run of every seed"
+        },
+    )
+    bias_init: Literal["zero", "normal"] = field(default="zero", metadata={"help": "first bias: 0 or N(0, 1)"})
+    batch: int = field(
+        default=100, metadata={"help": "points a step; fewer than all are drawn by reshuffling every epoch"}
+    )
+    noise: float = field(default=0.1, metadata={"help": "standard deviation of the noise in y"})
+    points: int = field(default=100, metadata={"help": "training points of each run"})
+    dtype: Literal["float32", "float64"] = field(default="float32", metadata={"help": "number format of the training"})
+
+    def __post_init__(self) -> None:
+        if self.points < 1 or self.batch < 1:
+            raise ValueError(f"points={self.points}, batch={self.batch}, expected at least 1.")
+        if not (isfinite(self.noise) and self.noise >= 0):
+            raise ValueError(f"noise={self.noise}, expected a standard deviation of at least 0.")
+        for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
+            if value is not None and not (isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value}, expected a finite number of at least 0.")
+        if self.init == "fixed" and self.bias_init == "normal":
+            raise ValueError("init=fixed starts all runs at the same point, bias_init=normal does not; choose one.")
+
+
+class StackedLinear(nn.Module):
+    """R copies of `nn.Linear(1, 1)`; weight [R, 1, 1] and bias [R, 1], so that one run loads into the original."""
+
+    def __init__(self, weight_R: np.ndarray, bias_R: np.ndarray, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight_R, dtype=dtype).reshape(-1, 1, 1))
+        self.bias = nn.Parameter(torch.tensor(bias_R, dtype=dtype).reshape(-1, 1))
+
+    def forward(self, x_RN: Tensor) -> Tensor:
+        """Each run's prediction for its own points."""
+        return self.weight[:, 0] * x_RN + self.bias
+
+
+@final
+class Linreg(Workload):
+    """Linear regression in one dimension: 2 parameters a run."""
+
+    Config = LinregConfig
+    lockstep = True
+    summary = "linear regression y = ax + b, one task a run, all runs in one pass (GFM's synthetic data)"
+    default_steps = 199
+    default_every = 1
+    threads = 1
+
+    def __init__(self, config: LinregConfig) -> None:
+        self._lr = _LR.get(config.optimizer, 0.01) if config.lr is None else config.lr
+        decay = config.weight_decay
+        self._weight_decay = _WEIGHT_DECAY.get(config.optimizer, 0.0) if decay is None else decay
+        self._config = replace(config, lr=self._lr, weight_decay=self._weight_decay)
+        self._dtype = torch.float64 if config.dtype == "float64" else torch.float32
+
+    @property
+    def config(self) -> LinregConfig:
+        """The options, with learning rate and weight decay filled in."""
+        return self._config
+
+    def model(self, seeds: Sequence[int]) -> nn.Module:
+        """All runs' weights, stacked."""
+        weights, biases = zip(*(self._start(seed) for seed in seeds), strict=True)
+        return StackedLinear(np.array(weights), np.array(biases), self._dtype)
+
+    def _start(self, seed: int) -> tuple[float, float]:
+        generator = stream(seed, "init")
+        match self._config.init:
+            case "normal" | "xavier_normal":  # std √(2 / (1 + 1)) = 1
+                weight = generator.normal()
+            case "xavier_uniform":  # bound √(6 / (1 + 1))
+                weight = generator.uniform(-sqrt(3), sqrt(3))
+            case "fixed":
+                weight = _FIXED_WEIGHT
+        return weight, generator.normal() if self._config.bias_init == "normal" else 0.0
+
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """The chosen optimiser of `torch.optim`, with torch's defaults for what is no option."""
+        lr, decay = self._lr, self._weight_decay
+        match self._config.optimizer:
+            case "sgd":
+                return SGD(model.parameters(), lr=lr, weight_decay=decay)
+            case "adam":
+                return Adam(model.parameters(), lr=lr, weight_decay=decay)
+            case "adamw":
+                return AdamW(model.parameters(), lr=lr, weight_decay=decay)
+            case "rmsprop":
+                return RMSprop(model.parameters(), lr=lr, alpha=0.99, weight_decay=decay)
+            case "adagrad":
+                return Adagrad(model.parameters(), lr=lr, weight_decay=decay)
+
+    def batches(self, seeds: Sequence[int]) -> Iterator[Batch]:
+        """Pairs (x, y) of shape [R, batch]; the last batch of an epoch may be smaller."""
+        points, size = self._config.points, self._config.batch
+        x_RN, y_RN = (torch.stack(part) for part in zip(*(self._points(s, "data", points) for s in seeds), strict=True))
+        orders = [stream(seed, "order") for seed in seeds]
+        while True:
+            if size >= points:
+                yield x_RN, y_RN
+                continue
+            order_RN = torch.from_numpy(np.stack([generator.permutation(points) for generator in orders]))
+            for chosen in order_RN.split(size, dim=1):
+                yield x_RN.gather(1, chosen), y_RN.gather(1, chosen)
+
+    def _points(self, seed: int, purpose: Purpose, count: int) -> tuple[Tensor, Tensor]:
+        task = stream(seed, "data")
+        a, b = task.normal((_SLOPE, _INTERCEPT), _TASK_STD)
+        generator = task if purpose == "data" else stream(seed, purpose)
+        x = generator.uniform(-1, 1, count)
+        y = a * x + b + self._config.noise * generator.normal(size=count)
+        return torch.tensor(x, dtype=self._dtype), torch.tensor(y, dtype=self._dtype)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean squared error of each run."""
+        x_RN, y_RN = batch
+        return (model(x_RN) - y_RN).square().mean(dim=1)
+
+    def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
+        """Mean squared error on 1,000 fresh points of the same task; the noise variance is the least to be had."""
+        x, y = self._points(seed, "held-out", _HELD_OUT)
+        with evaluating(model):
+            return {"loss": float(self.loss(model, (x[None], y[None])).squeeze(0))}
+
+    def chance(self) -> dict[str, float]:
+        """Mean over tasks of the best constant's error: E[a²]·var(x) + noise variance."""
+        return {"loss": (_SLOPE**2 + _TASK_STD**2) / 3 + self._config.noise**2}
+
+    def evaluation_cost(self) -> float:
+        """A forward pass over the held-out points."""
+        return _HELD_OUT / min(self._config.batch, self._config.points) / 3
