@@ -1,0 +1,294 @@
+"""Record how the weights of a built-in workload move while it trains."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from farcli.errors import NonFiniteError, StoppedError, StoreError, UnfinishedError, UsageError
+from farcli.files import refuse_existing
+from farcli.layout import Layout
+from farcli.provenance import provenance
+from farcli.store import Trajectory, TrajectoryWriter
+from farcli.training import TrainingRun, describe_workload, run_seed, workload_from
+from farcli.workloads.base import Workload
+
+
+def record(
+    workload: str,
+    output: Path,
+    *,
+    runs: int = 1,
+    steps: int | None = None,
+    every: int | None = None,
+    at: Sequence[int] | None = None,
+    log_spaced: int | None = None,
+    seed: int = 0,
+    options: Mapping[str, str] | None = None,
+    replace: bool = False,
+    resume: bool = False,
+    sync: Literal["commit", "none"] = "commit",
+    time_limit: float | None = None,
+    dry_run: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    report: Callable[[float, float, str], None] = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Train a workload from its seed, some runs over, and store a snapshot of the weights now and then.
+
+    A run goes on only from its start: resuming trains an interrupted run again, checks that it gives
+    the snapshots already stored bit for bit, and adds the missing ones; finished runs are kept.
+
+    Args:
+        workload: a name in the table of workloads, or "package.module:Class".
+        output: the store to write.
+        runs: how many; run r has the seed `run_seed(seed, r)`.
+        steps: optimiser steps of each run; the workload's own number, or the last of `at`, when None.
+        every: steps between snapshots; the first is at step 0, the last at the last step.
+        at: instead, the steps of the snapshots; the last step is added.
+        log_spaced: instead, so many snapshots evenly spaced in log(step), and step 0; fewer where they coincide.
+        seed: of everything random.
+        options: `--set` options of the workload.
+        replace: replace an existing store.
+        resume: go on with an unfinished store of the same command; create it where there is none.
+        sync: how durable each snapshot is made, see the store.
+        time_limit: seconds after which to stop as if by a signal.
+        dry_run: write nothing, return the row that would come out; bytes are uncompressed.
+        stop: asked before every step; true saves and stops.
+        report: called with (steps done, steps in all, text).
+
+    Returns:
+        A row: path, workload, runs, steps, snapshots (of each run), parameters, buffers, dtype, bytes,
+        seconds, seed.
+
+    Raises:
+        UsageError: an argument cannot be meant, the output exists, or it holds another recording.
+        NonFiniteError: a run diverged; what came before stays readable with `partial`.
+        StoppedError: `stop` or `time_limit` said so; the store can be resumed.
+        StoreError: a resumed run gives other weights than the stored ones.
+        ResourceError: no space left.
+    """
+    began = time.monotonic()
+    for name, value, least in (
+        ("runs", runs, 1),
+        ("steps", steps, 1),
+        ("every", every, 1),
+        ("log-spaced", log_spaced, 1),
+        ("seed", seed, 0),
+    ):
+        if value is not None and value < least:
+            raise UsageError(f"{name} {value}: expected a whole number of at least {least}.")
+    if replace and resume:
+        raise UsageError("--force and --resume contradict each other: choose one.")
+    if not resume:
+        refuse_existing(output, replace)
+    task = workload_from(workload, options or {})
+    if steps is None:
+        steps = at[-1] if at else task.default_steps
+    if every is None and not at and log_spaced is None:
+        every = task.default_every
+    schedule = _schedule(steps, every, at, log_spaced)
+
+    seeds = [run_seed(seed, run) for run in range(runs)]
+    layout = TrainingRun(task, seeds[: runs if task.lockstep else 1]).layout
+    dtype = "float64" if any(slot.dtype == "float64" for slot in layout.floats) else "float32"
+    row = {
+        "path": str(output),
+        "workload": workload,
+        "runs": runs,
+        "steps": steps,
+        "snapshots": len(schedule),
+        "parameters": layout.parameters,
+        "buffers": layout.size - layout.parameters + layout.integers,
+        "dtype": dtype,
+        "bytes": runs * len(schedule) * (layout.size * np.dtype(dtype).itemsize + layout.integers * 8),
+        "seconds": None,
+        "seed": seed,
+    }
+    if dry_run:
+        return row
+    header = {
+        "workload": describe_workload(workload, task),
+        "seed": seed,
+        "seeds": seeds,
+        "recording": {"steps": steps, "snapshots": _spacing(every, at, log_spaced)},
+        "provenance": provenance(threads=task.threads or torch.get_num_threads()),
+    }
+    if resume and output.exists():
+        writer = _resume(output, header, layout)
+    else:
+        writer = TrajectoryWriter.create(
+            output,
+            layout,
+            list(range(runs)),
+            kind="run",
+            header=header,
+            dtype=dtype,
+            planned_steps=schedule,
+            lockstep=task.lockstep,
+            sync=sync,
+            replace=replace,
+        )
+    if writer is not None:
+        deadline = began + time_limit if time_limit is not None else float("inf")
+        recording = _Recording(
+            path=output,
+            writer=writer,
+            schedule=schedule,
+            total=steps * (1 if task.lockstep else runs),
+            stop=lambda: stop() or time.monotonic() > deadline,
+            report=report,
+        )
+        with writer:
+            if task.lockstep:
+                recording.train(task, seeds, range(runs))
+            else:
+                for run in range(runs):
+                    recording.train(task, seeds[run : run + 1], [run])
+            writer.finish()
+    return row | {"bytes": _bytes(output), "seconds": time.monotonic() - began}
+
+
+def _schedule(steps: int, every: int | None, at: Sequence[int] | None, log_spaced: int | None) -> list[int]:
+    """The steps of the snapshots, ascending, the last step among them."""
+    given = [name for name, value in (("--every", every), ("--at", at), ("--log-spaced", log_spaced)) if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} contradict each other: choose one.")
+    if at:
+        if any(low >= high for low, high in pairwise(at)) or at[0] < 0 or at[-1] > steps:
+            raise UsageError(f"--at {','.join(map(str, at))}: expected ascending steps between 0 and {steps}.")
+        chosen = set(at)
+    elif log_spaced:
+        chosen = {0, *(int(step) for step in np.geomspace(1, steps, log_spaced).round())}
+    else:
+        assert every is not None
+        chosen = set(range(0, steps + 1, every))
+    return sorted(chosen | {steps})
+
+
+def _spacing(every: int | None, at: Sequence[int] | None, log_spaced: int | None) -> dict[str, Any]:
+    if at:
+        return {"at": list(at)}
+    return {"every": every} if log_spaced is None else {"log_spaced": log_spaced}
+
+
+def _resume(path: Path, header: Mapping[str, Any], layout: Layout) -> TrajectoryWriter | None:
+    """The writer of an unfinished store of the same recording; None where it is finished."""
+    try:
+        stored, finished = Trajectory.open(path), True
+    except UnfinishedError:
+        stored, finished = Trajectory.open(path, partial=True), False
+    for name in ("workload", "seed", "seeds", "recording"):
+        difference = _difference(stored.header.get(name), header[name], name)
+        if difference is not None:
+            raise UsageError(
+                f"{path}: holds another recording: {difference}.",
+                "Give the options it was begun with, or another -o; --force replaces it.",
+            )
+    if stored.layout != layout:
+        raise UsageError(f"{path}: holds another network, D = {stored.layout.size} instead of {layout.size}.")
+    return None if finished else TrajectoryWriter.resume(path)
+
+
+def _difference(found: Any, wanted: Any, name: str) -> str | None:
+    """What differs first, in words."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        for key in [*wanted, *(key for key in found if key not in wanted)]:
+            difference = _difference(found.get(key), wanted.get(key), str(key))
+            if difference is not None:
+                return difference
+        return None
+    if found == wanted:
+        return None
+    if name == "seeds" and isinstance(found, list):
+        return f"{len(found)} runs instead of {len(wanted)}"
+    return f"{name} is {found}, not {wanted}"
+
+
+class _Recording:
+    """One pass over all runs: trains them, and stores or checks each snapshot."""
+
+    def __init__(
+        self,
+        *,
+        path: Path,
+        writer: TrajectoryWriter,
+        schedule: list[int],
+        total: int,
+        stop: Callable[[], bool],
+        report: Callable[[float, float, str], None],
+    ) -> None:
+        self.path = path
+        self.writer = writer
+        self.schedule = schedule
+        self.total = total
+        self.stop = stop
+        self.report = report
+        self.done = 0
+
+    def train(self, workload: Workload, seeds: Sequence[int], runs: Sequence[int]) -> None:
+        """Train one run, or all at once, from the start; snapshots stored before are checked, not written."""
+        committed = min(self.writer.snapshots[run] for run in runs)
+        if committed < len(self.schedule):
+            stored = Trajectory.open(self.path, partial=True) if committed else None
+            training = TrainingRun(workload, seeds)
+            losses = np.full(len(runs), np.nan)
+            for index, step in enumerate(self.schedule):
+                while training.step < step:
+                    if self.stop():
+                        self._stopped(training.step, runs)
+                    losses = training.advance(1)
+                    self.report(self.done + training.step, self.total, f"{_label(runs)}, step {training.step}")
+                vectors, integers = training.vectors(), training.integers()
+                self._require_finite(vectors, runs, step, losses)
+                if stored is not None and index < committed:
+                    self._compare(stored, runs, step, vectors, integers)
+                elif workload.lockstep:
+                    self.writer.append(step, vectors, integers)
+                else:
+                    self.writer.append(step, vectors[0], integers[0], run=runs[0])
+        self.done += self.schedule[-1]
+
+    def _stopped(self, step: int, runs: Sequence[int]) -> None:
+        saved = sum(self.writer.snapshots)
+        planned = len(self.writer.snapshots) * len(self.schedule)
+        raise StoppedError(
+            f"{self.path}: stopped at step {step} of {_label(runs)}; {saved} of {planned} snapshots are saved.",
+            "Run the same command again with --resume.",
+        )
+
+    def _require_finite(self, vectors: np.ndarray, runs: Sequence[int], step: int, losses: np.ndarray) -> None:
+        finite = np.isfinite(vectors).all(axis=1)
+        if not finite.all():
+            index = int(finite.argmin())
+            raise NonFiniteError(
+                f"{self.path}: run {runs[index]} diverged: its weights are not finite at step {step} "
+                f"(training loss {losses[index]:g}).",
+                "Try a lower learning rate. The snapshots before can be read with --partial.",
+            )
+
+    def _compare(
+        self, stored: Trajectory, runs: Sequence[int], step: int, vectors: np.ndarray, integers: np.ndarray
+    ) -> None:
+        before = stored.read(list(runs), [step], 0, stored.layout.size)[:, 0]
+        for index, run in enumerate(runs):
+            same = before[index].tobytes() == vectors[index].astype(before.dtype).tobytes()
+            if not (same and np.array_equal(stored.integers(run, step), integers[index])):
+                raise StoreError(
+                    f"{self.path}: run {run}, trained again from its seed, differs from what is stored at step {step}.",
+                    "Was it begun with other versions, or on another machine? `farcli inspect` shows them; "
+                    "--force records everything anew.",
+                )
+
+
+def _label(runs: Sequence[int]) -> str:
+    return f"run {runs[0]}" if len(runs) == 1 else f"runs {runs[0]}…{runs[-1]}"
+
+
+def _bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
