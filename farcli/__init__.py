@@ -19,7 +19,7 @@ _VERBS = {
     "Trajectory": "farcli.store:Trajectory",
 }
 
-__all__ = ["__version__", *_VERBS]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["Trajectory", "__version__", "evaluate", "export", "fit", "forecast", "inspect", "record"]
 
 
 def __getattr__(name: str) -> Any:

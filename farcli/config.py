@@ -37,6 +37,15 @@ def format_size(count: float) -> str:
     raise AssertionError("unreachable")
 
 
+def parse_duration(text: str) -> float:
+    """Seconds of "3h50m", "90s", "15m" or "120"."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text.strip())
+    if match is None or not any(match.groups()):
+        raise UsageError(f"time {text!r}: expected hours, minutes and seconds like 3h50m or 90s.")
+    hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return float(hours * 3600 + minutes * 60 + seconds)
+
+
 def parse_selection(text: str, available: Sequence[int], what: str) -> list[int]:
     """Choose from `available` by a slice "A:B[:C]" over values, or a list "A,B,C", or "all".
 

@@ -6,7 +6,7 @@ Shape suffixes: B runs, C snapshots of the context, H horizons, D coordinates of
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,19 +15,16 @@ from torch import Tensor
 from farcli.artefact import Artefact, build, load
 from farcli.config import parse_selection
 from farcli.errors import StoreError, UsageError
-from farcli.forecasters.base import Coupling, FittedForecaster, Forecaster, Prefix
+from farcli.forecasters.base import FittedForecaster, Forecaster, Prefix
 from farcli.forecasters.table import FORECASTERS
 from farcli.layout import Layout
+from farcli.policies import Buffers
 from farcli.registry import unknown
 from farcli.store import Trajectory
 from farcli.stream import Source, Stream, require_finite
 
 DEFAULT_CONTEXT = 5
 """Snapshots of a prefix where nothing says otherwise: GFM's n = 4."""
-
-Buffers = Literal["keep", "forecast"]
-"""What becomes of BatchNorm statistics in a forecast: the last observed ones, or forecast like weights."""
-BUFFERS = get_args(Buffers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +244,8 @@ def forecast_block(method: Method, prefix: Prefix, steps_H: Sequence[int], buffe
         method: what forecasts.
         prefix: a block whose snapshots include those that `method` observes.
         steps_H: steps to forecast.
-        buffers: "keep" gives coordinates of buffers their last observed values.
+        buffers: "keep" gives buffers their last observed values; "forecast" treats them like weights,
+            where the method has no coefficients bound to single parameters (else they are kept).
 
     Returns:
         Weights of shape [B, H, D].
@@ -260,7 +258,7 @@ def forecast_block(method: Method, prefix: Prefix, steps_H: Sequence[int], buffe
     last = prefix.weights_BCD[:, -1:]
     parameters = prefix.layout.parameters
     fixed = prefix.start + prefix.weights_BCD.shape[-1] - max(parameters, prefix.start)
-    if fixed <= 0 or (buffers == "forecast" and method.forecaster.coupling is Coupling.COORDINATEWISE):
+    if fixed <= 0 or (buffers == "forecast" and method.forecaster.transferable):
         return method.forecaster.forecast(prefix, steps_H)
     # Some columns are buffers that keep their last observed value.
     moving = prefix.weights_BCD.shape[-1] - fixed

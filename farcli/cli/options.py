@@ -1,15 +1,18 @@
-"""Options that several subcommands share, spelled once; and the command class with --config and --show-config."""
+"""Options that several subcommands share, spelled once."""
 
+import inspect
 import json
 import tomllib
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from farcli.cli.output import Format
 from farcli.errors import UsageError
+from farcli.registry import unknown
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write; must not exist yet.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, atomically.")]
@@ -27,8 +30,18 @@ To = Annotated[
     list[str] | None, typer.Option("--to", help="Steps to forecast: 600, 200,400,600, A:B:C or all; repeatable.")
 ]
 From = Annotated[int | None, typer.Option("--from", help="Step of the last observed snapshot.")]
+Context = Annotated[
+    int | None, typer.Option("--context", help="Snapshots of the observed prefix, for methods that were not fitted.")
+]
+Transfer = Annotated[bool, typer.Option("--transfer", help="Allow a map that was fitted on another network.")]
 Partial = Annotated[bool, typer.Option("--partial", help="Accept a store whose recording has not finished.")]
-Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="More detail; -vv shows tracebacks.")]
+
+
+def complete_methods(incomplete: str) -> list[str]:
+    """Names of methods, for the shell's completion."""
+    from farcli.forecasters.table import FORECASTERS
+
+    return [name for name in FORECASTERS if name.startswith(incomplete)]
 
 
 def steps_text(texts: list[str] | None) -> str | None:
@@ -40,58 +53,61 @@ def steps_text(texts: list[str] | None) -> str | None:
     return ",".join(texts)
 
 
-class Command(TyperCommand):
-    """A subcommand that also takes --config FILE.toml (its own table) and --show-config."""
+def subcommand(run: Callable[..., None]) -> Callable[..., None]:
+    """Add to a subcommand what every one takes: --config, --show-config and -v."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.params += [
-            TyperOption(
-                param_decls=["--config"],
-                type=str,
-                expose_value=False,
-                is_eager=True,
-                callback=_read_config,
-                help="TOML file with a table per subcommand; flags and FARCLI_* variables win over it.",
-            ),
-            TyperOption(
-                param_decls=["--show-config"],
-                is_flag=True,
-                type=bool,
-                default=False,
-                expose_value=False,
-                callback=_keep_flag,
-                help="Print the merged options as JSON and stop.",
-            ),
-        ]
+    @wraps(run)
+    def wrapped(ctx: typer.Context, **given: Any) -> None:
+        given.pop("config"), given.pop("verbose")
+        if given.pop("show_config"):
+            print(json.dumps({ctx.info_name: given}, default=str))
+            return
+        run(**given)
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command, or print its options."""
-        if ctx.meta.get("farcli.show_config"):
-            print(json.dumps({self.name: ctx.params}, default=str))
-            return None
-        return super().invoke(ctx)
+    signature = inspect.signature(run)
+    shared = {"config": (_Config, None), "show_config": (_ShowConfig, False), "verbose": (_Verbose, 0)}
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
+        *signature.parameters.values(),
+        *(
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+            for name, (annotation, default) in shared.items()
+        ),
+    ]
+    wrapped.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapped
 
 
-def _keep_flag(ctx: Any, _param: Any, value: bool) -> None:
-    ctx.meta["farcli.show_config"] = bool(value)
-
-
-def _read_config(ctx: Any, _param: Any, value: str | None) -> None:
+def _read_config(ctx: typer.Context, value: str | None) -> str | None:
+    """Make a file's table for this subcommand the defaults of its options."""
     if not value:
-        return
+        return value
     try:
-        tables = tomllib.loads(Path(value).read_text())
+        tables = tomllib.loads(Path(value).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"{value}: cannot be read ({error.strerror}).") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{value}: not valid TOML ({error}).") from error
-    table = tables.get(ctx.info_name, {})
-    names = {param.name for param in ctx.command.params} | {"set"}
-    for key in table:
-        if key.replace("-", "_") not in names:
-            raise UsageError(f"{value}: [{ctx.info_name}] has no option {key!r}.")
-    defaults = {("settings" if key == "set" else key.replace("-", "_")): item for key, item in table.items()}
-    if isinstance(defaults.get("settings"), dict):
-        defaults["settings"] = [f"{key}={item}" for key, item in defaults["settings"].items()]
+        raise UsageError(f"--config {value}: cannot be read ({error.strerror}).") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {value}: is not valid TOML ({error}).") from error
+    names = {opt.lstrip("-"): param.name for param in ctx.command.params for opt in param.opts}
+    defaults: dict[str, Any] = {}
+    for key, item in tables.get(str(ctx.info_name), {}).items():
+        if key not in names:
+            raise unknown(f"option of [{ctx.info_name}] in {value}", key, names)
+        defaults[str(names[key])] = [f"{k}={v}" for k, v in item.items()] if isinstance(item, dict) else item
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+    return value
+
+
+_Config = Annotated[
+    str | None,
+    typer.Option(
+        "--config",
+        is_eager=True,
+        callback=_read_config,
+        metavar="FILE",
+        help="TOML with a table per subcommand; flags and FARCLI_* variables win over it.",
+    ),
+]
+_ShowConfig = Annotated[bool, typer.Option("--show-config", help="Print the merged options as JSON and stop.")]
+_Verbose = Annotated[int, typer.Option("-v", "--verbose", count=True, help="More detail; -vv shows tracebacks.")]

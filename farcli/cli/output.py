@@ -132,6 +132,14 @@ def emit_pairs(row: Mapping[str, Any], *, form: Format = "auto", title: str | No
         console.print(Text(f"  {key:<{width}}  {_cell(value, '') if text is None else text}"), soft_wrap=True)
 
 
+def emit_made(row: Mapping[str, Any], *, form: Format, quiet: bool) -> None:
+    """Print the row of a command that wrote something; only its path when quiet."""
+    if quiet:
+        print(row["path"], flush=True)
+    else:
+        emit_pairs(row, form=form)
+
+
 def _console(stream: Any) -> Any:
     """A rich console that wraps nothing in a pipe; NO_COLOR, FORCE_COLOR and TERM are rich's own."""
     from rich.console import Console

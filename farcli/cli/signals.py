@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class Terminated(BaseException):
-    """A signal arrived. No error: like KeyboardInterrupt it unwinds the stack, which removes whatever is half-written."""
+    """A signal arrived. Like KeyboardInterrupt it unwinds the stack, which removes whatever is half-written."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -1,0 +1,5 @@
+"""`python -m farcli`."""
+
+from farcli.cli.main import main
+
+main()

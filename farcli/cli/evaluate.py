@@ -1,0 +1,188 @@
+"""`farcli eval`."""
+
+from typing import Annotated
+
+import typer
+
+from farcli.cli.options import (
+    Context,
+    Device,
+    FormatOption,
+    From,
+    Memory,
+    Partial,
+    Quiet,
+    Runs,
+    Settings,
+    To,
+    Transfer,
+    steps_text,
+)
+from farcli.cli.output import Column
+from farcli.policies import EvalBuffers
+
+COLUMNS = (
+    Column(key="step", heading="step"),
+    Column(key="ahead", heading="ahead", form="+d"),
+    Column(key="method", heading="method"),
+    Column(key="tensor", heading="tensor"),
+    Column(key="mse", heading="mse", form=".3g"),
+    Column(key="skill", heading="skill", form="+.3f"),
+    Column(key="cosine", heading="cosine", form="+.3f"),
+    Column(key="loss", heading="loss", form=".4f"),
+    Column(key="accuracy", heading="accuracy", form=".3f"),
+    Column(key="worth", heading="worth (steps)"),
+    Column(key="better", heading="better", form=".0%"),
+)
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="FORECAST|FILE|METHOD... STORE",
+        help="Stored forecasts, fitted files or methods by name, and last the recorded truth.",
+    ),
+]
+
+
+def evaluate(
+    inputs: Inputs,
+    runs: Runs = None,
+    to: To = None,
+    start: From = None,
+    context: Context = None,
+    settings: Settings = None,
+    train_runs: Annotated[
+        str | None, typer.Option("--train-runs", help="Runs whose mean is a yardstick, where no fitted file says so.")
+    ] = None,
+    per_tensor: Annotated[bool, typer.Option("--per-tensor", help="Add a row for each tensor.")] = False,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="pkg.mod:fn, state_dict to held-out loss, for stores of scripts.")
+    ] = None,
+    buffers: Annotated[
+        EvalBuffers,
+        typer.Option("--buffers", help="BatchNorm statistics: stored, or taken anew from training data."),
+    ] = "stored",
+    limits: Annotated[
+        list[str] | None, typer.Option("--max", help="Exit 5 if a forecast exceeds this, mse=0.05; repeatable.")
+    ] = None,
+    transfer: Transfer = False,
+    device: Device = "auto",
+    memory: Memory = "2G",
+    partial: Partial = False,
+    format: FormatOption = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Weigh forecasts against the recorded truth, beside trivial yardsticks, the true future and chance.
+
+    Example: farcli eval forecast.zarr runs/digits.zarr
+    """
+    from farcli.cli.output import emit
+    from farcli.verbs.evaluate import check
+
+    rows = evaluated(
+        inputs,
+        quiet,
+        runs=runs,
+        targets=steps_text(to),
+        start=start,
+        context=context,
+        settings=settings,
+        train_runs=train_runs,
+        per_tensor=per_tensor,
+        loss=loss,
+        buffers=buffers,
+        transfer=transfer,
+        device=device,
+        memory=memory,
+        partial=partial,
+    )
+    shown = [{**row, "worth": worth(row), "_style": _style(row)} for row in rows] if _tabular(format) else rows
+    columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in shown)]
+    rules = [i for i in range(1, len(rows)) if rows[i]["step"] != rows[i - 1]["step"]]
+    emit(shown, columns, form=format, title=_title(inputs, rows), notes=_notes(rows), rule_before=rules)
+    check(rows, limits or [])
+
+
+def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, memory: str, **rest: object) -> list:
+    """Rows of the evaluation that the arguments of `eval` and `plot` ask for."""
+    from farcli.cli.output import say
+    from farcli.cli.progress import progress
+    from farcli.config import parse_assignments, parse_size
+    from farcli.errors import UsageError
+    from farcli.verbs.evaluate import evaluate as run
+
+    if len(inputs) < 2:
+        raise UsageError(
+            f"{inputs[0]}: expected forecasts and, last, the recorded truth.",
+            hint="farcli eval forecast.zarr runs/digits.zarr",
+        )
+    with progress("eval", quiet) as report:
+        return run(
+            inputs[:-1],
+            inputs[-1],
+            options=parse_assignments(settings or []),
+            memory=parse_size(memory),
+            warn=(lambda text: None) if quiet else say,
+            report=report,
+            **rest,  # pyright: ignore[reportArgumentType]
+        )
+
+
+def _tabular(format: str) -> bool:
+    from farcli.cli.output import chosen_format
+
+    return chosen_format(format) == "table"  # pyright: ignore[reportArgumentType]
+
+
+def worth(row: dict) -> str | None:
+    """Equivalent steps as a table shows them: "+23", "≤ −80" where they are only a bound for most runs."""
+    steps = row.get("equivalent_steps")
+    if steps is None:
+        return None
+    sign = ("≤ " if steps < 0 else "≥ ") if (row.get("bounded") or 0) * 2 > row["runs"] else ""
+    return f"{sign}{steps:+.0f}".replace("-", "−")
+
+
+def _style(row: dict) -> str | None:
+    return {"forecast": "bold", "truth": "green", "chance": "dim"}.get(row["role"])
+
+
+def _title(inputs: list[str], rows: list[dict]) -> str:
+    origin = rows[0]["step"] - rows[0]["ahead"]
+    return f"{', '.join(inputs[:-1])} against {inputs[-1]}: {rows[0]['runs']} runs, forecast from step {origin}"
+
+
+def _notes(rows: list[dict]) -> list[str]:
+    buffers = {
+        "keep": "kept as last observed",
+        "forecast": "forecast like weights",
+        "reestimate": "taken anew from training data",
+    }[rows[0]["buffers"]]
+    notes = [
+        "skill: 1 − mse / mse of persistence · worth: training steps of the recorded run that bring the same",
+        "held-out loss, against keeping the last observed weights (median over runs) · better: runs that do better so.",
+        f"BatchNorm statistics: {buffers}.",
+    ]
+    cost = next((r["equivalent_steps"] - r["net_steps"] for r in rows if r.get("net_steps") is not None), None)
+    if cost is not None:
+        notes.append(f"Checking one forecast on the held-out data costs {cost:.1f} steps (net_steps takes them off).")
+    summary = _summary(rows)
+    return [*notes, *([summary] if summary else [])]
+
+
+def _summary(rows: list[dict]) -> str | None:
+    """Which forecast wins, said plainly, in held-out loss summed over the horizons shown."""
+    whole = [row for row in rows if row["tensor"] is None and row["role"] in ("forecast", "yardstick")]
+    if not whole or any(row.get("loss") is None for row in whole):
+        return None
+    steps = sorted({row["step"] for row in whole})
+    winners = []
+    for step in steps:
+        best = min((row for row in whole if row["step"] == step), key=lambda row: row["loss"])
+        keep = next(row for row in whole if row["step"] == step and row["method"] == "persistence")
+        winners.append(best["method"] if best["loss"] < keep["loss"] else "persistence")
+    parts = [
+        f"{name} at {', '.join(str(s) for s, w in zip(steps, winners, strict=True) if w == name)}"
+        for name in dict.fromkeys(winners)
+    ]
+    return f"Lowest held-out loss of any forecast: {'; '.join(parts)}."

@@ -1,0 +1,118 @@
+"""The program: its subcommands, and the one boundary where errors become a line and an exit code."""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import farcli
+from farcli.cli import (
+    env,
+    evaluate,
+    export,
+    fit,
+    forecast,
+    inspect,
+    methods,
+    plot,
+    record,
+    workloads,
+)
+from farcli.cli.options import subcommand
+from farcli.cli.signals import Terminated, unwind_on_signals
+from farcli.errors import FarcliError
+
+_EPILOG = "Exit codes: 0 done, 1 error, 2 usage, 3 store, 4 non-finite, 5 check failed, 6 memory or disk, 75 requeue."
+
+app = typer.Typer(
+    name="farcli",
+    help="Record how a network's weights move during training, forecast where they go, "
+    "and count honestly what a forecast is worth.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "FARCLI"},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"farcli {farcli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("-V", "--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+for _name, _module, _panel in (
+    ("record", record.record, "Trajectories"),
+    ("fit", fit.fit, "Forecasts"),
+    ("forecast", forecast.forecast, "Forecasts"),
+    ("eval", evaluate.evaluate, "Forecasts"),
+    ("plot", plot.plot, "Forecasts"),
+    ("inspect", inspect.inspect, "Trajectories"),
+    ("export", export.export, "Trajectories"),
+    ("methods", methods.methods, "Listings"),
+    ("workloads", workloads.workloads, "Listings"),
+    ("env", env.env, "Listings"),
+):
+    app.command(_name, rich_help_panel=_panel)(subcommand(_module))
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    verbose = any(word.startswith("-v") and set(word[1:]) == {"v"} and len(word) > 2 for word in sys.argv)
+    unwind_on_signals()
+    try:
+        code = app(standalone_mode=False, prog_name="farcli")
+        sys.stdout.flush()
+    except FarcliError as error:
+        if verbose:
+            raise
+        code = _report(str(error), error.hint, error.exit_code)
+    except Terminated as signal:
+        code = 128 + signal.number
+        print("farcli: stopped by a signal; nothing half-written was left.", file=sys.stderr)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+        print("farcli: interrupted.", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader of our output has gone: silence, and no second complaint when Python flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except MemoryError:
+        code = _report("out of memory.", "Give a smaller --memory, or fewer runs or steps.", 6)
+    except Exception as error:
+        if verbose:
+            raise
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the option parser
+            code = _report(error.format_message(), _usage_hint(error), 2)
+        else:
+            code = _report(
+                f"{type(error).__name__}: {error}", "This is a bug in farcli. Run again with -vv for details.", 1
+            )
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_hint(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"See `{context.command_path if context else 'farcli'} --help`."
+
+
+def _report(text: str, hint: str | None, code: int) -> int:
+    print(f"farcli: error: {' '.join(text.split())}", file=sys.stderr)
+    if hint:
+        print(f"  hint: {hint}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

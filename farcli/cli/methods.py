@@ -1,0 +1,30 @@
+"""`farcli methods`."""
+
+from farcli.cli.options import FormatOption
+
+
+def methods(format: FormatOption = "auto") -> None:
+    """List the forecasters there are, each with its options."""
+    from farcli.cli.output import Column, chosen_format, emit
+    from farcli.verbs.listings import methods as listed
+
+    rows = listed()
+    columns = [Column(key=key, heading=key) for key in ("method", "needs_fit", "min_context", "reference")]
+    emit(rows, columns, form=format)
+    if chosen_format(format) == "table":
+        print_options([(row["method"], row["options"]) for row in rows])
+
+
+def print_options(entries: list[tuple[str, list[dict]]]) -> None:
+    """The options of methods or workloads, as a table of its own."""
+    from farcli.cli.output import Column, emit
+
+    rows = [{"of": name, **option} for name, options in entries for option in options]
+    columns = [
+        Column(key="of", heading="--set for"),
+        Column(key="name", heading="key"),
+        Column(key="type", heading="value"),
+        Column(key="default", heading="default"),
+        Column(key="help", heading="meaning"),
+    ]
+    emit(rows, columns, form="table")

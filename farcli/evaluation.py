@@ -1,0 +1,251 @@
+"""Weighing candidates against a recorded truth: one pass for the weights, one network for the losses.
+
+Shape suffixes: B runs, H horizons, D coordinates of a block.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from farcli import weights
+from farcli.errors import UsageError
+from farcli.forecasters.base import Coupling
+from farcli.forecasting import Method, TrainingData, forecast_block, forecast_vectors
+from farcli.metrics import DisplacementSums, LossCurve
+from farcli.policies import Buffers, EvalBuffers
+from farcli.store import Trajectory
+from farcli.stream import Block, Source, Stream, require_finite
+from farcli.training import Network, workload_of
+
+_WORKING_ROWS = 6
+"""Rows per run and horizon that one comparison of a forecast with the truth holds in memory."""
+
+Report = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What every candidate of one evaluation is held against.
+
+    Attributes:
+        source: the recorded truth and its runs under evaluation.
+        prefix: steps of the longest prefix among the candidates; its last is where all forecasts start.
+        steps_H: steps that are forecast.
+        policy: what a forecast does with BatchNorm statistics.
+        buffers: what becomes of them when a loss is measured.
+        memory: bytes that the data may take.
+        device: where to compute.
+        report: called with (done, total, text).
+    """
+
+    source: Source
+    prefix: tuple[int, ...]
+    steps_H: tuple[int, ...]
+    policy: Buffers
+    buffers: EvalBuffers
+    memory: int
+    device: torch.device
+    report: Report
+
+    @property
+    def origin(self) -> int:
+        """Step of the last observed snapshot."""
+        return self.prefix[-1]
+
+    @property
+    def truth(self) -> Trajectory:
+        """The recorded runs."""
+        return self.source.trajectory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One forecast to weigh: a method that forecasts here and now, or a stored forecast.
+
+    Attributes:
+        label: what rows call it.
+        role: "forecast" for what the user named, "yardstick" for what stands beside it.
+        method: how it forecasts; None for a stored one.
+        stored: the stored forecast; None for a method.
+        training: what it was fitted on.
+    """
+
+    label: str
+    role: Literal["forecast", "yardstick"]
+    method: Method | None
+    stored: Trajectory | None
+    training: tuple[TrainingData, ...] = ()
+
+    @property
+    def coupling(self) -> Coupling:
+        """How its weights come: blocks of coordinates, or whole vectors."""
+        return Coupling.COORDINATEWISE if self.method is None else self.method.forecaster.coupling
+
+    def block(self, block: Block, setting: Setting) -> Tensor:
+        """Its weights for one block, shape [B, H, D]."""
+        if self.method is not None:
+            return forecast_block(self.method, block.prefix, setting.steps_H, setting.policy)
+        assert self.stored is not None
+        values = self.stored.read(block.runs, setting.steps_H, block.prefix.start, block.stop)
+        return torch.from_numpy(values).to(block.truth_BHD)
+
+    def vectors(self, setting: Setting) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Whole vectors, buffers included: (run, step, weights of shape [D])."""
+        if self.method is not None:
+            yield from forecast_vectors(
+                self.method,
+                setting.source,
+                setting.steps_H,
+                buffers=setting.policy,
+                memory=setting.memory,
+                device=setting.device,
+            )
+            return
+        assert self.stored is not None
+        for run in setting.source.runs:
+            for step in setting.steps_H:
+                yield run, step, self.stored.read([run], [step])[0, 0]
+
+
+def compare(candidates: Sequence[Candidate], setting: Setting) -> list[DisplacementSums]:
+    """The weight-space sums of every candidate, in one pass over the truth for each coupling.
+
+    Raises:
+        NonFiniteError: the recorded weights hold NaN or Inf.
+    """
+    layout, path = setting.truth.layout, setting.truth.path
+    row = {run: index for index, run in enumerate(setting.source.runs)}
+    shape = (len(setting.source.runs), len(setting.steps_H), len(layout.floats))
+    sums = [DisplacementSums(shape) for _ in candidates]
+    for coupling in Coupling:
+        members = [index for index, candidate in enumerate(candidates) if candidate.coupling is coupling]
+        if not members:
+            continue
+        stream = Stream(
+            [setting.source],
+            coupling=coupling,
+            steps_C=setting.prefix,
+            steps_H=setting.steps_H,
+            coordinates=layout.parameters,
+            device=setting.device,
+            memory=setting.memory // 2,
+            extra_rows=_WORKING_ROWS * len(setting.steps_H),
+        )
+        for block in stream:
+            require_finite(block.prefix.weights_BCD, block, path, setting.prefix)
+            require_finite(block.truth_BHD, block, path, setting.steps_H)
+            for index in members:
+                sums[index].add(
+                    [row[run] for run in block.runs],
+                    block.prefix.segments,
+                    block.prefix.weights_BCD[:, -1],
+                    candidates[index].block(block, setting),
+                    block.truth_BHD,
+                )
+            setting.report(block.stop, layout.parameters, "weights")
+    return sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measure:
+    """Held-out measures of a network at given weights.
+
+    Attributes:
+        of: (vector [D], integers [I], run) → {"loss": …, "accuracy": …}.
+        chance: the same measures for a guess that ignores the input; None where nobody knows it.
+        cost: one measurement in training steps; None where nobody knows it.
+    """
+
+    of: Callable[[np.ndarray, np.ndarray, int], dict[str, float]]
+    chance: dict[str, float] | None
+    cost: float | None
+
+
+def measure_of_workload(truth: Trajectory, buffers: EvalBuffers) -> Measure | None:
+    """The held-out measure of the workload a store was recorded from; None where it names none."""
+    workload = workload_of(truth.header)
+    if workload is None:
+        return None
+    network = Network(workload, truth.layout)
+    seeds = dict(zip(truth.runs, truth.header["seeds"], strict=True))
+
+    def of(vector: np.ndarray, integers: np.ndarray, run: int) -> dict[str, float]:
+        return network.evaluate(vector, integers, seeds[run], reestimate_buffers=buffers == "reestimate")
+
+    return Measure(of=of, chance=workload.chance(), cost=workload.evaluation_cost())
+
+
+def measure_of_function(truth: Trajectory, text: str) -> Measure:
+    """A measure by a function of the user's: state_dict → loss, or a mapping with "loss".
+
+    Raises:
+        UsageError: the function cannot be found.
+    """
+    module, colon, name = text.partition(":")
+    if not colon:
+        raise UsageError(f"--loss {text!r}: expected package.module:function.")
+    try:
+        function: Callable[[dict[str, Tensor]], Any] = getattr(import_module(module), name)
+    except ImportError as error:
+        raise UsageError(f"--loss {text!r}: cannot import {module!r} ({error}).") from error
+    except AttributeError as error:
+        raise UsageError(f"--loss {text!r}: module {module!r} has no {name!r}.") from error
+
+    def of(vector: np.ndarray, integers: np.ndarray, run: int) -> dict[str, float]:
+        value = function(weights.unflatten(torch.from_numpy(vector), torch.from_numpy(integers), truth.layout))
+        return {key: float(v) for key, v in value.items()} if isinstance(value, Mapping) else {"loss": float(value)}
+
+    return Measure(of=of, chance=None, cost=None)
+
+
+Results = dict[int, dict[int, dict[str, float]]]
+"""run → step → measures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """Held-out measures of the recorded runs along training, and of every candidate.
+
+    Attributes:
+        recorded: of the runs at every snapshot.
+        curves: run → the loss curve that equivalent steps are read from.
+        forecast: per candidate, at every horizon.
+    """
+
+    recorded: Results
+    curves: dict[int, LossCurve]
+    forecast: list[Results]
+
+
+def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure) -> HeldOut:
+    """Measure the recorded runs at every snapshot and every candidate at every horizon."""
+    truth, runs = setting.truth, setting.source.runs
+    total = len(runs) * (len(truth.steps) + len(candidates) * len(setting.steps_H))
+    done = 0
+
+    def measured(vector: np.ndarray, run: int, step: int, text: str) -> dict[str, float]:
+        nonlocal done
+        done += 1
+        setting.report(done, total, text)
+        return measure.of(vector, truth.integers(run, step), run)
+
+    recorded: Results = {
+        run: {
+            step: measured(truth.read([run], [step])[0, 0], run, step, "held-out loss of the recorded runs")
+            for step in truth.steps
+        }
+        for run in runs
+    }
+    forecast: list[Results] = []
+    for candidate in candidates:
+        results: Results = {run: {} for run in runs}
+        for run, step, vector in candidate.vectors(setting):
+            results[run][step] = measured(vector, run, setting.origin, f"held-out loss of {candidate.label}")
+        forecast.append(results)
+    curves = {run: LossCurve.of(truth.steps, [recorded[run][step]["loss"] for step in truth.steps]) for run in runs}
+    return HeldOut(recorded=recorded, curves=curves, forecast=forecast)

@@ -1,0 +1,433 @@
+"""Weigh forecasts against what happened: in weights, in held-out loss and in training steps.
+
+Every evaluation holds, beside what was asked for, the trivial yardsticks, the true future and the chance
+line, all measured the same way.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farcli.artefact import build
+from farcli.config import parse_selection
+from farcli.errors import CheckFailedError, ResourceError, UsageError
+from farcli.evaluation import (
+    Candidate,
+    HeldOut,
+    Measure,
+    Report,
+    Results,
+    Setting,
+    compare,
+    held_out,
+    measure_of_function,
+    measure_of_workload,
+)
+from farcli.fitting import solve
+from farcli.forecasters.base import Coupling, Problem
+from farcli.forecasters.mean import Mean
+from farcli.forecasting import (
+    Method,
+    TrainingData,
+    check_targets,
+    overlap,
+    reopen,
+    resolve_method,
+)
+from farcli.metrics import DisplacementSums
+from farcli.policies import Buffers, EvalBuffers
+from farcli.store import Trajectory, is_store
+from farcli.stream import Source, Stream, resolve_device
+
+YARDSTICKS = ("persistence", "mean", "linear", "quadratic", "lsq-line")
+TRUE, CHANCE = "true future", "chance"
+HORIZONS = 6
+"""Horizons shown where nothing says which."""
+
+_LOSS_KEYS = ("loss", "accuracy", "equivalent_steps", "bounded", "net_steps", "better")
+_LIMITED = ("mse", "skill", "cosine", "loss", "accuracy", "equivalent_steps", "net_steps")
+
+Warn = Callable[[str], None]
+
+
+def evaluate(
+    forecasts: Sequence[str],
+    store: str,
+    *,
+    runs: str | None = None,
+    targets: str | None = None,
+    start: int | None = None,
+    context: int | None = None,
+    options: Mapping[str, str] | None = None,
+    train_runs: str | None = None,
+    per_tensor: bool = False,
+    loss: str | None = None,
+    buffers: EvalBuffers = "stored",
+    transfer: bool = False,
+    device: str = "auto",
+    memory: int = 2_000_000_000,
+    partial: bool = False,
+    warn: Warn = lambda text: None,
+    report: Report = lambda done, total, text: None,
+) -> list[dict[str, Any]]:
+    """Weigh forecasts against the recorded truth.
+
+    Args:
+        forecasts: stored forecasts, files that `fit` wrote, or names of methods.
+        store: the recorded truth.
+        runs: runs to evaluate, as typed; those of the stored forecast, else those nobody was fitted on, when None.
+        targets: steps to evaluate, as typed; a spread of what was forecast when None.
+        start: step of the last observed snapshot, for methods and files.
+        context: snapshots of the prefix, for methods named.
+        options: `--set` options, for a method named.
+        train_runs: runs whose mean is the `mean` yardstick, where no fitted file says which.
+        per_tensor: add rows for each tensor.
+        loss: "package.module:function" measuring a state_dict on held-out data, for stores without a workload.
+        buffers: what becomes of BatchNorm statistics when the loss is measured.
+        transfer: allow maps fitted on another network.
+        device: where to compute.
+        memory: bytes that the data may take.
+        partial: accept an unfinished store.
+        warn: called with a line the user should read.
+        report: called with (done, total, text).
+
+    Returns:
+        Rows, per horizon and method. Keys: step, ahead (steps after the last observed one), method, role,
+        tensor (None for the whole), mse, skill, cosine (see `DisplacementSums.measures`), loss, accuracy
+        (means over runs), equivalent_steps (median over runs of the training steps that the forecast is
+        worth, against keeping w_n), bounded (runs in which that is only a bound), net_steps (after paying
+        one held-out evaluation), better (share of runs with a lower loss than w_n's), runs, in_sample.
+
+    Raises:
+        FarcliError: see the exit codes.
+    """
+    truth = Trajectory.open(store, partial=partial)
+    named = [
+        _stored(text, truth) if is_store(text) else _named(text, truth, start, context, options, transfer)
+        for text in forecasts
+    ]
+    prefix, policy = _common_start(named, truth)
+    setting = Setting(
+        source=Source(trajectory=truth, runs=tuple(_choose_runs(named, truth, runs, warn))),
+        prefix=prefix,
+        steps_H=_choose_steps(named, truth, prefix[-1], targets, warn),
+        policy=policy,
+        buffers=buffers,
+        memory=memory,
+        device=resolve_device(device),
+        report=report,
+    )
+    for candidate in named:
+        if candidate.method is not None:
+            check_targets(candidate.method, setting.steps_H)
+    candidates = [*named, *_yardsticks(named, setting, train_runs, warn)]
+    sums = compare(candidates, setting)
+    if loss is not None:
+        if buffers == "reestimate":
+            raise UsageError("--buffers reestimate needs the training data of a workload; --loss has none.")
+        measure = measure_of_function(truth, loss)
+    else:
+        measure = measure_of_workload(truth, buffers)
+        if measure is None:
+            warn("no held-out loss: the store names no workload. Pass --loss package.module:function.")
+    found = held_out(candidates, setting, measure) if measure is not None else None
+    return _rows(candidates, setting, sums, found, measure, per_tensor=per_tensor)
+
+
+def _stored(text: str, truth: Trajectory) -> Candidate:
+    stored = Trajectory.open(text)
+    if stored.kind != "forecast":
+        raise UsageError(
+            f"{text}: is a recording, not a forecast; only the last argument is the recorded truth.",
+            hint=f"farcli eval METHOD {text} weighs a method on it.",
+        )
+    if stored.layout != truth.layout:
+        raise UsageError(
+            f"{text} forecasts D = {stored.layout.parameters} parameters of other tensors than {truth.path}, "
+            f"which has D = {truth.layout.parameters}."
+        )
+    entry = stored.header["forecast"]
+    training = tuple(TrainingData.from_json(item) for item in entry.get("training", ()))
+    return Candidate(label=str(entry["method"]), role="forecast", method=None, stored=stored, training=training)
+
+
+def _named(
+    text: str,
+    truth: Trajectory,
+    start: int | None,
+    context: int | None,
+    options: Mapping[str, str] | None,
+    transfer: bool,
+) -> Candidate:
+    if Path(text).is_dir():
+        Trajectory.open(text)  # not a store of ours: says what is wrong with it
+    method = resolve_method(text, truth, start=start, context=context, options=options, transfer=transfer)
+    return Candidate(label=method.label, role="forecast", method=method, stored=None, training=method.training)
+
+
+def _common_start(named: Sequence[Candidate], truth: Trajectory) -> tuple[tuple[int, ...], Buffers]:
+    """The longest prefix among the forecasts, which must all start at its last step, and the policy for buffers."""
+    contexts: list[tuple[int, ...]] = []
+    policies: set[Buffers] = set()
+    for candidate in named:
+        if candidate.method is not None:
+            contexts.append(candidate.method.context)
+        else:
+            assert candidate.stored is not None
+            entry = candidate.stored.header["forecast"]
+            contexts.append(tuple(int(step) for step in entry["context"]))
+            policies.add(entry.get("buffers", "keep"))
+    starts = sorted({steps[-1] for steps in contexts})
+    if len(starts) > 1:
+        raise UsageError(
+            f"the forecasts start at different steps ({', '.join(map(str, starts))}); "
+            "only forecasts from the same snapshot can be compared.",
+            hint="Give --from, or evaluate them one by one.",
+        )
+    if len(policies) > 1:
+        raise UsageError("the stored forecasts treat buffers differently (keep, forecast); evaluate them one by one.")
+    recorded = set(truth.steps)
+    longest = max(contexts, key=len)
+    if not set(longest) <= recorded:
+        missing = next(step for step in longest if step not in recorded)
+        raise UsageError(f"{truth.path}: step {missing} of the forecasts' prefix is not recorded there.")
+    return longest, policies.pop() if policies else "keep"
+
+
+def _choose_runs(named: Sequence[Candidate], truth: Trajectory, text: str | None, warn: Warn) -> list[int]:
+    available = list(truth.runs)
+    for candidate in named:
+        if candidate.stored is not None:
+            absent = [run for run in candidate.stored.runs if run not in available]
+            if absent:
+                raise UsageError(f"{truth.path}: has no run {absent[0]}, which {candidate.stored.path} forecasts.")
+            available = [run for run in available if run in candidate.stored.runs]
+    seen = sorted({run for candidate in named for run in overlap(candidate.training, truth)})
+    if text is not None:
+        chosen = parse_selection(text, available, "runs")
+    else:
+        chosen = [run for run in available if run not in seen] or available
+        if len(chosen) < len(available):
+            warn(f"evaluating runs {_list(chosen)}; the others trained a forecaster (--runs all takes them too).")
+    inside = [run for run in chosen if run in seen]
+    if inside:
+        warn(f"runs {_list(inside)} trained a forecaster that is judged on them here: rows say in_sample.")
+    if not chosen:
+        raise UsageError("the stored forecasts share no run.")
+    return chosen
+
+
+def _list(values: Sequence[int]) -> str:
+    if len(values) > 1 and list(values) == list(range(values[0], values[-1] + 1)):
+        return f"{values[0]}:{values[-1] + 1}"
+    return ",".join(map(str, values))
+
+
+def _choose_steps(
+    named: Sequence[Candidate],
+    truth: Trajectory,
+    origin: int,
+    text: str | None,
+    warn: Warn,
+) -> tuple[int, ...]:
+    available = [step for step in truth.steps if step > origin]
+    beyond: list[int] = []
+    for candidate in named:
+        if candidate.stored is not None:
+            beyond += [step for step in candidate.stored.steps if step not in truth.steps]
+            available = [step for step in available if step in candidate.stored.steps]
+        elif candidate.method is not None and candidate.method.targets is not None:
+            available = [step for step in available if step in candidate.method.targets]
+    if not available:
+        raise UsageError(
+            f"{truth.path}: none of the forecast steps is recorded there, so there is no truth to weigh them against."
+        )
+    if beyond:
+        warn(f"{len(set(beyond))} forecast steps are not recorded in {truth.path} and are left out.")
+    if text is not None:
+        return tuple(sorted(set(parse_selection(text, available, "steps"))))
+    if len(available) <= HORIZONS:
+        return tuple(available)
+    # A geometric spread: near horizons are where forecasts differ most.
+    places = np.unique(np.geomspace(1, len(available), HORIZONS).round().astype(int) - 1)
+    warn(f"showing {len(places)} of {len(available)} horizons (--to all shows every one).")
+    return tuple(available[place] for place in places)
+
+
+def _yardsticks(named: Sequence[Candidate], setting: Setting, train_runs: str | None, warn: Warn) -> list[Candidate]:
+    """The trivial forecasts that stand beside every other, without those the user named."""
+    plain = {candidate.method.source for candidate in named if candidate.method is not None}
+    found = []
+    for name in YARDSTICKS:
+        if name in plain or (name == "mean" and any(candidate.label == "mean" for candidate in named)):
+            continue
+        if name == "mean":
+            mean = _mean(named, setting, train_runs, warn)
+            found += [mean] if mean is not None else []
+            continue
+        forecaster = build(name, {})
+        if forecaster.min_context > len(setting.prefix):
+            warn(
+                f"{name} is left out: it needs {forecaster.min_context} snapshots, "
+                f"the prefix has {len(setting.prefix)}."
+            )
+            continue
+        method = Method(
+            label=name, source=name, forecaster=forecaster, context=setting.prefix, targets=None, training=()
+        )
+        found.append(Candidate(label=name, role="yardstick", method=method, stored=None))
+    return found
+
+
+def _mean(named: Sequence[Candidate], setting: Setting, train_runs: str | None, warn: Warn) -> Candidate | None:
+    """The train mean of the targets: of the runs a forecaster was fitted on, or of --train-runs."""
+    truth = setting.truth
+    if train_runs is not None:
+        runs = parse_selection(train_runs, truth.runs, "--train-runs")
+        inside = sorted(set(runs) & set(setting.source.runs))
+        if inside:
+            raise UsageError(f"--train-runs {train_runs}: run {inside[0]} is also evaluated; keep them apart.")
+        training = (TrainingData(id=truth.id, path=str(truth.path), runs=tuple(runs)),)
+    else:
+        training = next((candidate.training for candidate in named if candidate.training), ())
+    if not training:
+        warn("the train mean is left out: no forecaster was fitted; name runs to average with --train-runs.")
+        return None
+    sources = reopen(training, truth)
+    if sources is None:
+        warn(f"the train mean is left out: the training store {training[0].path} is not there any more.")
+        return None
+    if any(set(setting.steps_H) - set(source.trajectory.steps) for source in sources):
+        warn("the train mean is left out: the training stores do not hold all of these steps.")
+        return None
+    if any(source.trajectory.layout != truth.layout for source in sources):
+        warn("the train mean is left out: the training stores hold another network.")
+        return None
+    problem = Problem(
+        layout=truth.layout,
+        coordinates=truth.layout.parameters,
+        runs=sum(len(source.runs) for source in sources),
+        steps_C=(setting.origin,),
+        steps_H=setting.steps_H,
+        memory=setting.memory // 4,
+    )
+    stream = Stream(
+        sources,
+        coupling=Coupling.COORDINATEWISE,
+        steps_C=problem.steps_C,
+        steps_H=problem.steps_H,
+        coordinates=problem.coordinates,
+        device=setting.device,
+        memory=setting.memory // 2,
+    )
+    try:
+        blocks = lambda: ((block.prefix, block.truth_BHD) for block in stream)  # noqa: E731 - two words, used once
+        forecaster = solve(Mean(Mean.Config()), problem, blocks, report=None)
+    except ResourceError as error:
+        warn(f"the train mean is left out: {error}")
+        return None
+    method = Method(
+        label="mean",
+        source="mean",
+        forecaster=forecaster,
+        context=(setting.origin,),
+        targets=setting.steps_H,
+        training=training,
+    )
+    return Candidate(label="mean", role="yardstick", method=method, stored=None, training=training)
+
+
+def _rows(
+    candidates: Sequence[Candidate],
+    setting: Setting,
+    sums: Sequence[DisplacementSums],
+    found: HeldOut | None,
+    measure: Measure | None,
+    *,
+    per_tensor: bool,
+) -> list[dict[str, Any]]:
+    layout, source = setting.truth.layout, setting.source
+    parameters = [index for index, slot in enumerate(layout.floats) if slot.role == "parameter"]
+    stated = "reestimate" if setting.buffers == "reestimate" else setting.policy
+    in_sample = [bool(set(overlap(candidate.training, setting.truth)) & set(source.runs)) for candidate in candidates]
+    rows: list[dict[str, Any]] = []
+    for h, step in enumerate(setting.steps_H):
+        base = {"step": step, "ahead": step - setting.origin, "runs": len(source.runs), "buffers": stated}
+        for index, candidate in enumerate(candidates):
+            who = {**base, "method": candidate.label, "role": candidate.role, "in_sample": in_sample[index]}
+            losses = (
+                _losses(found, found.forecast[index], step, setting, measure)
+                if found is not None and measure is not None
+                else dict.fromkeys(_LOSS_KEYS)
+            )
+            rows.append({**who, "tensor": None, **sums[index].measures(parameters, layout.parameters, h), **losses})
+            if per_tensor:
+                rows += [
+                    {
+                        **who,
+                        "tensor": layout.floats[slot].name,
+                        **sums[index].measures([slot], layout.floats[slot].size, h),
+                        **dict.fromkeys(_LOSS_KEYS),
+                    }
+                    for slot in parameters
+                ]
+        nobody = {**base, "in_sample": False, "tensor": None}
+        losses = (
+            _losses(found, found.recorded, step, setting, measure)
+            if found is not None and measure is not None
+            else dict.fromkeys(_LOSS_KEYS)
+        )
+        rows.append({**nobody, "method": TRUE, "role": "truth", "mse": 0.0, "skill": 1.0, "cosine": 1.0, **losses})
+        if measure is not None and measure.chance is not None:
+            weights_keys = dict.fromkeys(("mse", "skill", "cosine"))
+            line = {**dict.fromkeys(_LOSS_KEYS), **measure.chance}
+            rows.append({**nobody, "method": CHANCE, "role": "chance", **weights_keys, **line})
+    return rows
+
+
+def _losses(found: HeldOut, results: Results, step: int, setting: Setting, measure: Measure) -> dict[str, Any]:
+    """Measures of one candidate at one horizon, over runs."""
+    runs = setting.source.runs
+    losses = np.array([results[run][step]["loss"] for run in runs])
+    kept = np.array([found.recorded[run][setting.origin]["loss"] for run in runs])
+    gains, bounded = [], 0
+    for run, loss, keep in zip(runs, losses, kept, strict=True):
+        worth, bound = found.curves[run].steps_to(loss)
+        gains.append(worth - found.curves[run].steps_to(keep)[0])
+        bounded += bound
+    equivalent = float(np.median(gains))
+    accuracies = [results[run][step]["accuracy"] for run in runs if "accuracy" in results[run][step]]
+    return {
+        "loss": float(losses.mean()),
+        "accuracy": float(np.mean(accuracies)) if accuracies else None,
+        "equivalent_steps": equivalent,
+        "bounded": bounded,
+        "net_steps": equivalent - measure.cost if measure.cost is not None else None,
+        "better": float((losses < kept).mean()),
+    }
+
+
+def check(rows: Sequence[Mapping[str, Any]], limits: Sequence[str]) -> None:
+    """Hold the forecasts' rows against limits like "mse=0.05".
+
+    Raises:
+        UsageError: a limit is not key=number of a key there is.
+        CheckFailedError: a row is over a limit, or holds no number to compare.
+    """
+    for limit in limits:
+        key, _, text = limit.partition("=")
+        try:
+            bound = float(text)
+        except ValueError:
+            raise UsageError(f"--max {limit!r}: expected key=number, for example mse=0.05.") from None
+        if key not in _LIMITED:
+            raise UsageError(f"--max {limit!r}: expected one of {', '.join(_LIMITED)}.")
+        judged = [row for row in rows if row["role"] == "forecast" and row["tensor"] is None]
+        for row in judged:
+            value = row.get(key)
+            if value is None or not value <= bound:
+                raise CheckFailedError(
+                    f"--max {limit}: {row['method']} at step {row['step']} has {key} = {value}, over the limit."
+                )

@@ -1,0 +1,142 @@
+"""Fit a forecaster on recorded runs."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from farcli.artefact import Artefact, build, save
+from farcli.errors import UsageError
+from farcli.files import refuse_existing
+from farcli.fitting import solve
+from farcli.forecasters.base import Prefix, Problem, SolvedForecaster
+from farcli.forecasting import TrainingData, check_context, choose_context, choose_targets
+from farcli.provenance import provenance
+from farcli.stream import Source, Stream, open_sources, require_finite, resolve_device
+
+
+def fit(
+    method: str,
+    stores: Sequence[str],
+    output: Path,
+    *,
+    context: int = 5,
+    start: int | None = None,
+    targets: str | None = None,
+    horizon: int | None = None,
+    train_runs: str | None = None,
+    options: Mapping[str, str] | None = None,
+    device: str = "auto",
+    memory: int = 2_000_000_000,
+    replace: bool = False,
+    partial: bool = False,
+    report: Callable[[float, float, str], None] = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Fit a method on the prefixes and futures of recorded runs and write it to a file.
+
+    Args:
+        method: a name in the table of forecasters, or "package.module:Class".
+        stores: recorded runs; all of one network and one grid of steps.
+        output: the safetensors file to write.
+        context: snapshots of the prefix.
+        start: step of the last observed snapshot; the end of the first `context` snapshots when None.
+        targets: steps to forecast, as typed; every later recorded step when None.
+        horizon: forecast the next so many snapshots instead.
+        train_runs: runs to learn from, as typed; all when None.
+        options: `--set` options of the method.
+        device: where to compute.
+        memory: bytes that the data and the method's own state may take.
+        replace: replace an existing file.
+        partial: accept unfinished stores.
+        report: called with (done, total, text).
+
+    Returns:
+        A row: path, method, runs, context, targets, parameters, seconds, …
+
+    Raises:
+        FarcliError: see the exit codes.
+    """
+    refuse_existing(output, replace)
+    forecaster = build(method, options or {})
+    sources = open_sources(stores, train_runs, partial=partial)
+    first = sources[0].trajectory
+    for source in sources[1:]:
+        if source.trajectory.layout != first.layout:
+            raise UsageError(
+                f"{source.trajectory.path}: holds another network (D = {source.trajectory.layout.parameters}) than "
+                f"{first.path} (D = {first.layout.parameters}); stores fitted together must hold the same one."
+            )
+    steps_C = choose_context(first, context, start)
+    check_context(forecaster, method, steps_C)
+    if horizon is not None:
+        if targets is not None:
+            raise UsageError("--horizon and --to both say what to forecast; give one of them.")
+        later = [step for step in first.steps if step > steps_C[-1]]
+        if not 1 <= horizon <= len(later):
+            raise UsageError(
+                f"--horizon {horizon}: {first.path} has {len(later)} snapshots after step {steps_C[-1]}; "
+                f"expected 1 to {len(later)}."
+            )
+        targets = ",".join(map(str, later[:horizon]))
+    steps_H = choose_targets(first, steps_C[-1], targets, recorded=True)
+
+    problem = Problem(
+        layout=first.layout,
+        coordinates=first.layout.parameters,
+        runs=sum(len(source.runs) for source in sources),
+        steps_C=forecaster.observed(steps_C),
+        steps_H=steps_H,
+        memory=memory // 2,
+    )
+    began = time.perf_counter()
+    if isinstance(forecaster, SolvedForecaster):
+        stream = Stream(
+            sources,
+            coupling=forecaster.coupling,
+            steps_C=problem.steps_C,
+            steps_H=steps_H,
+            coordinates=problem.coordinates,
+            device=resolve_device(device),
+            memory=memory // 2,
+        )
+        forecaster = solve(forecaster, problem, lambda: _blocks(stream, sources, report), report=None)
+    seconds = time.perf_counter() - began
+    training = [TrainingData(id=s.trajectory.id, path=str(s.trajectory.path), runs=s.runs).to_json() for s in sources]
+    save(
+        Artefact(
+            method=method,
+            forecaster=forecaster,
+            problem=problem,
+            context=steps_C,
+            provenance=provenance(training=training, options=dict(options or {})),
+        ),
+        output,
+        replace=replace,
+    )
+    return {
+        "path": str(output),
+        "method": method,
+        "runs": problem.runs,
+        "stores": len(sources),
+        "parameters": problem.coordinates,
+        "context": list(steps_C),
+        "targets": list(steps_H),
+        "seconds": seconds,
+    }
+
+
+def _blocks(
+    stream: Stream, sources: Sequence[Source], report: Callable[[float, float, str], None]
+) -> Iterator[tuple[Prefix, Tensor]]:
+    done = 0
+    steps = stream.steps_C + stream.steps_H
+    total = stream.runs * stream.coordinates
+    for block in stream:
+        path = sources[block.source].trajectory.path
+        require_finite(block.prefix.weights_BCD, block, path, stream.steps_C)
+        require_finite(block.truth_BHD, block, path, steps[len(stream.steps_C) :])
+        yield block.prefix, block.truth_BHD
+        done += len(block.runs) * (block.stop - block.prefix.start)
+        report(done, total, str(path))

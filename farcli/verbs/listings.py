@@ -1,0 +1,46 @@
+"""What there is by name: methods and workloads, each with its options."""
+
+from dataclasses import asdict
+from typing import Any
+
+from farcli.config import options_of
+from farcli.forecasters.base import FittedForecaster, Forecaster
+from farcli.forecasters.table import FORECASTERS
+from farcli.registry import resolve
+from farcli.workloads.base import Workload
+from farcli.workloads.table import WORKLOADS
+
+
+def methods() -> list[dict[str, Any]]:
+    """One row a forecaster: method, needs_fit, min_context, reference, options."""
+    rows = []
+    for name in FORECASTERS:
+        cls: type[Forecaster] = resolve("forecaster", name, FORECASTERS)
+        rows.append(
+            {
+                "method": name,
+                "needs_fit": issubclass(cls, FittedForecaster),
+                "min_context": cls(cls.Config()).min_context,
+                "reference": cls.reference,
+                "options": [asdict(option) for option in options_of(cls.Config)],
+            }
+        )
+    return rows
+
+
+def workloads() -> list[dict[str, Any]]:
+    """One row a workload: workload, steps, every, needs, summary, options."""
+    rows = []
+    for name in WORKLOADS:
+        cls: type[Workload] = resolve("workload", name, WORKLOADS)
+        rows.append(
+            {
+                "workload": name,
+                "steps": cls.default_steps,
+                "every": cls.default_every,
+                "needs": f"farcli[{cls.needs}]" if cls.needs else None,
+                "summary": cls.summary,
+                "options": [asdict(option) for option in options_of(cls.Config)],
+            }
+        )
+    return rows

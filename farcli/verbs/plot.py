@@ -1,0 +1,143 @@
+"""Draw held-out loss against horizon: every method beside the true future, the last observed weights and chance."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from farcli.errors import UsageError
+from farcli.files import refuse_existing, staged_file
+
+FORMATS = (".png", ".svg", ".pdf")
+
+_STYLE = {
+    "persistence": ("#8c8c8c", "-", "keep $w_n$ (persistence)"),
+    "mean": ("#b07aa1", "--", "mean of training runs"),
+    "linear": ("#e15759", ":", "linear"),
+    "quadratic": ("#9c755f", ":", "quadratic"),
+    "lsq-line": ("#f28e2b", "--", "least-squares line"),
+}
+_COLOURS = ("#1f5fa8", "#2a9d8f", "#7b3fa0", "#b5651d", "#3a7d0a")
+_QUANTITIES = {"loss": "held-out loss", "mse": "mean squared error of the weights", "accuracy": "held-out accuracy"}
+
+
+def plot(rows: Sequence[Mapping[str, Any]], output: Path, *, quantity: str = "loss", replace: bool = False) -> None:
+    """Draw rows of `evaluate`.
+
+    Args:
+        rows: rows as `evaluate` returns them, or read back from its NDJSON.
+        output: a .png, .svg or .pdf file.
+        quantity: "loss", "mse" or "accuracy".
+        replace: replace an existing file.
+
+    Raises:
+        UsageError: matplotlib is missing, the format is unknown, or the rows do not hold the quantity.
+    """
+    refuse_existing(output, replace)
+    if output.suffix.lower() not in FORMATS:
+        raise UsageError(f"{output}: expected a file ending in {', '.join(FORMATS)}.")
+    if quantity not in _QUANTITIES:
+        raise UsageError(f"--quantity {quantity!r}: expected one of {', '.join(_QUANTITIES)}.")
+    whole = [row for row in rows if row.get("tensor") is None]
+    if not any(row.get(quantity) is not None for row in whole):
+        raise UsageError(f"nothing to draw: the rows hold no {_QUANTITIES[quantity]}.")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError("plotting needs matplotlib.", hint="pip install 'farcli[plot]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(_LOOK):
+        figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
+        try:
+            _draw(axes, whole, quantity)
+            with staged_file(output, replace) as temporary:
+                figure.savefig(temporary, dpi=160)
+        finally:
+            pyplot.close(figure)
+
+
+_LOOK = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.8,
+    "svg.fonttype": "none",
+}
+
+
+def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
+    series: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for row in rows:
+        value = row.get(quantity)
+        key = (str(row["role"]), str(row["method"]))
+        series.setdefault(key, []).append((float(row["step"]), float("nan") if value is None else float(value)))
+    bounds = _bounds(series, quantity)
+    colours = iter(_COLOURS * 4)
+    seen_forecasts = [key for key in series if key[0] == "forecast"]
+    for key in sorted(series, key=lambda k: ("yardstick", "chance", "truth", "forecast").index(k[0])):
+        role, method = key
+        steps, values = np.array(sorted(series[key])).T
+        if role == "truth":
+            axes.plot(steps, values, color="black", lw=2.0, marker="o", ms=3.5, label="true future", zorder=5)
+        elif role == "chance":
+            if np.isfinite(values[0]) and values[0] <= bounds[1] * 1.05:
+                axes.axhline(values[0], color="#c0c0c0", lw=1.2, ls=(0, (6, 3)))
+                axes.annotate("chance", (steps[-1], values[0]), va="bottom", ha="right", color="#9a9a9a", fontsize=9)
+        elif role == "forecast":
+            colour = next(colours)
+            number = seen_forecasts.index(key) + 1
+            label = method if [k[1] for k in seen_forecasts].count(method) == 1 else f"{method} ({number})"
+            axes.plot(steps, values, color=colour, lw=2.4, marker="s", ms=4.5, label=label, zorder=6)
+        else:
+            colour, style, label = _STYLE.get(method, ("#59a14f", "-.", method))
+            axes.plot(steps, values, color=colour, lw=1.5, ls=style, label=label, zorder=3)
+    origin = min(float(row["step"]) - float(row["ahead"]) for row in rows)
+    axes.axvline(origin, color="#bbbbbb", lw=1)
+    axes.annotate(
+        "last observed step", (origin, bounds[1]), rotation=90, va="top", ha="right", color="#9a9a9a", fontsize=8
+    )
+    positive = bounds[0] > 0
+    if quantity != "accuracy" and positive:
+        axes.set_yscale("log")
+        axes.set_ylim(bounds[0] / 1.15, bounds[1] * 1.15)
+        _readable_log(axes)
+    else:
+        axes.set_ylim(bounds)
+    axes.set_xlabel("training step")
+    axes.set_ylabel(f"{_QUANTITIES[quantity]}{', log scale' if quantity != 'accuracy' and positive else ''}")
+    runs = max(int(row.get("runs") or 0) for row in rows)
+    axes.set_title(f"Weights forecast from step {origin:.0f}, mean of {runs} runs", loc="left", fontsize=11)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def _bounds(series: Mapping[tuple[str, str], list[tuple[float, float]]], quantity: str) -> tuple[float, float]:
+    """Limits of the vertical axis: all of the truth and of persistence; exploding forecasts leave the picture."""
+    if quantity == "accuracy":
+        return 0.0, 1.02
+    everything = np.array([value for points in series.values() for _, value in points])
+    everything = everything[np.isfinite(everything)]
+    anchors = [
+        value
+        for (role, method), points in series.items()
+        for _, value in points
+        if (role in ("truth", "forecast") or method == "persistence") and np.isfinite(value)
+    ]
+    chance = [value for (role, _), points in series.items() for _, value in points if role == "chance"]
+    positive = everything[everything > 0]
+    low = float(positive.min()) if positive.size else 0.0
+    high = max([*anchors, *[value for value in chance if np.isfinite(value)]], default=float(everything.max()))
+    return low, min(max(high, low * 1.5), float(everything.max()) * 1.0 if everything.size else high)
+
+
+def _readable_log(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
