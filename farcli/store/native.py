@@ -1,0 +1,319 @@
+"""Reading and writing the two layouts farcli writes, straight from and to files.
+
+Both are standard Zarr v3: files of plain chunks (`bytes`, `crc32c`), and files of one shard
+(`sharding_indexed` with `bytes`, `crc32c` inside and an index `bytes`, `crc32c` at the end). Libraries read
+and write this pattern several times slower than the file system (STORAGE.md, 2). Every byte that is
+returned has passed its checksum, and what is missing is an error, never a fill value.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from crc32c import crc32c
+
+from farcli.errors import DamagedError
+from farcli.files import disk_error
+from farcli.store.disk import Buffer, publish, temporary_name, write_at, write_temporary
+from farcli.store.metadata import ArrayMetadata
+
+_CRC = 4
+_ENTRY = 16
+"""Bytes of an index entry: offset and length, uint64."""
+_ABSENT = 2**64 - 1
+_HOT_BYTES = 256 << 10
+"""Bytes checksummed before they are written, so that they are still in the cache then."""
+
+
+class NativeArray:
+    """An array stored in one of our two layouts. Reads are thread-safe.
+
+    Args:
+        store: the store, for messages.
+        name: of the array in it.
+        metadata: of the array.
+        runs: labels of axis 0, for messages.
+        steps: labels of axis 1, for messages.
+    """
+
+    def __init__(
+        self, store: Path, name: str, metadata: ArrayMetadata, runs: Sequence[int], steps: Sequence[int]
+    ) -> None:
+        assert metadata.native
+        self.metadata = metadata
+        self._store = store
+        self._name = name
+        self._folder = store / name
+        self._runs = runs
+        self._steps = steps
+        # Shards whose index is known to say "one chunk behind the other"; they are never changed once committed.
+        self._in_order: set[str] = set()
+
+    def read(self, runs: Sequence[int], steps: Sequence[int], start: int, stop: int, out: np.ndarray) -> None:
+        """Read a selection into `out`, verified.
+
+        Args:
+            runs: indices along axis 0.
+            steps: indices along axis 1.
+            start: first coordinate.
+            stop: one past the last coordinate.
+            out: [len(runs), len(steps), stop − start], of our dtype, contiguous along the last axis.
+
+        Raises:
+            DamagedError: a file is missing, too short, or fails its checksum.
+        """
+        if stop <= start:
+            return
+        if self.metadata.inner[:2] == (1, 1):
+            for i, run in enumerate(runs):
+                for j, step in enumerate(steps):
+                    self._read_row(run, step, start, stop, out[i, j])
+        else:
+            self._read_boxes(runs, steps, start, stop, out)
+
+    def check_first(self) -> None:
+        """Compare the size of the first file with what the metadata declares, before anyone allocates by it.
+
+        Raises:
+            DamagedError: it is missing or has another size.
+        """
+        with self._open((0, 0, 0), (0, 0)) as (fd, size, key):
+            if self.metadata.sharded:
+                self._place(fd, size, key, (0, 0, 0), (0, 0))
+
+    def _damaged(self, cell: tuple[int, int], key: str, what: str) -> DamagedError:
+        run, step = self._runs[cell[0]], self._steps[cell[1]]
+        return DamagedError(f"{self._store}: run {run}, step {step} is damaged: file {self._name}/{key} {what}.")
+
+    @contextmanager
+    def _open(self, file: tuple[int, ...], cell: tuple[int, int]) -> Iterator[tuple[int, int, str]]:
+        """Open the file of an outer chunk: descriptor, size and name."""
+        key = self.metadata.key(*file)
+        try:
+            fd = os.open(self._folder / key, os.O_RDONLY)
+        except FileNotFoundError:
+            raise self._damaged(cell, key, "is missing") from None
+        except OSError as error:
+            raise self._damaged(cell, key, f"cannot be read ({error.strerror})") from error
+        try:
+            size = os.fstat(fd).st_size
+            least = self._index_bytes if self.metadata.sharded else self.metadata.chunk_bytes + _CRC
+            if size < least or (size > least and not self.metadata.sharded):
+                found = "is empty" if size == 0 else f"has {size} bytes"
+                raise self._damaged(cell, key, f"{found}, expected {least}" + " or more" * self.metadata.sharded)
+            yield fd, size, key
+        finally:
+            os.close(fd)
+
+    @property
+    def _index_bytes(self) -> int:
+        return prod(self.metadata.chunks_per_file) * _ENTRY + _CRC
+
+    def _place(self, fd: int, size: int, key: str, inner: tuple[int, ...], cell: tuple[int, int]) -> int:
+        """Offset in its file of an inner chunk, given by its coordinates within the file."""
+        if not self.metadata.sharded:
+            return 0
+        per_file = self.metadata.chunks_per_file
+        number = (inner[0] * per_file[1] + inner[1]) * per_file[2] + inner[2]
+        stride = self.metadata.chunk_bytes + _CRC
+        if key in self._in_order:
+            return number * stride
+        raw = bytearray(self._index_bytes)
+        self._fill(fd, [memoryview(raw)], size - len(raw), cell, key)
+        if crc32c(memoryview(raw)[:-_CRC]).to_bytes(_CRC, "little") != raw[-_CRC:]:
+            raise self._damaged(cell, key, "has an index that fails its checksum")
+        index = np.frombuffer(raw, "<u8", count=2 * prod(per_file)).reshape(-1, 2)
+        offset, length = (int(value) for value in index[number])
+        if offset == length == _ABSENT:
+            raise self._damaged(cell, key, f"lacks its part {number}")
+        if length != stride or offset + length > size - len(raw):
+            raise self._damaged(cell, key, f"declares {length} bytes at {offset} for its part {number}")
+        if size == len(index) * stride + len(raw) and np.array_equal(
+            index, np.frombuffer(_index(len(index), stride), "<u8", count=index.size).reshape(-1, 2)
+        ):
+            self._in_order.add(key)
+        return offset
+
+    def _fill(self, fd: int, views: list[memoryview], offset: int, cell: tuple[int, int], key: str) -> None:
+        """Fill buffers from a file, wholly."""
+        expected = sum(view.nbytes for view in views)
+        try:
+            found = os.preadv(fd, views, offset)
+            while found < expected:  # the end of the file, or more than one call can read (2 GiB)
+                rest, skip = [], found
+                for view in views:
+                    if skip < view.nbytes:
+                        rest.append(view[skip:])
+                    skip = max(0, skip - view.nbytes)
+                more = os.preadv(fd, rest, offset + found)
+                if not more:
+                    raise self._damaged(cell, key, f"ends after {offset + found} bytes, expected {offset + expected}")
+                found += more
+        except OSError as error:
+            raise self._damaged(cell, key, f"cannot be read ({error.strerror})") from error
+
+    def _fetch(self, fd: int, views: list[memoryview], offset: int, cell: tuple[int, int], key: str) -> None:
+        """Fill buffers with a chunk and compare its checksum."""
+        stored = bytearray(_CRC)
+        self._fill(fd, [*views, memoryview(stored)], offset, cell, key)
+        found = 0
+        for view in views:
+            found = crc32c(view, found)
+        if found != int.from_bytes(stored, "little"):
+            raise self._damaged(cell, key, f"fails its checksum (at byte {offset})")
+
+    def _read_row(self, run: int, step: int, start: int, stop: int, row: np.ndarray) -> None:
+        """Read one snapshot's coordinates where each inner chunk belongs to one snapshot.
+
+        Whole chunks go straight into `row`; of a chunk cut by `start` or `stop` the rest goes to a
+        scratch buffer, because its checksum needs it.
+        """
+        meta = self.metadata
+        item, width = meta.dtype.itemsize, meta.inner[2]
+        body = row.data.cast("B")
+        per_file = meta.chunks_per_file
+        inner = (run % meta.outer[0], step % meta.outer[1])
+        first, last = start // width, (stop - 1) // width
+        for part in range(first // per_file[2], last // per_file[2] + 1):
+            file = (run // meta.outer[0], step // meta.outer[1], part)
+            with self._open(file, (run, step)) as (fd, size, key):
+                for chunk in range(max(first, part * per_file[2]), min(last + 1, (part + 1) * per_file[2])):
+                    offset = self._place(fd, size, key, (*inner, chunk % per_file[2]), (run, step))
+                    low, high = max(start, chunk * width), min(stop, (chunk + 1) * width)
+                    before, after = (low - chunk * width) * item, ((chunk + 1) * width - high) * item
+                    views = [body[(low - start) * item : (high - start) * item]]
+                    if before or after:
+                        scratch = memoryview(bytearray(before + after))
+                        views = [view for view in (scratch[:before], views[0], scratch[before:]) if view.nbytes]
+                    self._fetch(fd, views, offset, (run, step), key)
+
+    def _read_boxes(self, runs: Sequence[int], steps: Sequence[int], start: int, stop: int, out: np.ndarray) -> None:
+        """Read chunks that hold several runs or steps, and pick the cells."""
+        meta = self.metadata
+        width = meta.inner[2]
+        scratch = np.empty(meta.inner, meta.dtype)
+        body = scratch.data.cast("B")
+        for a, (to_run, from_run) in group(runs, meta.inner[0]).items():
+            for b, (to_step, from_step) in group(steps, meta.inner[1]).items():
+                cell = (runs[to_run[0]], steps[to_step[0]])
+                for c in range(start // width, (stop - 1) // width + 1):
+                    per_file = meta.chunks_per_file
+                    file = (a // per_file[0], b // per_file[1], c // per_file[2])
+                    inner = (a % per_file[0], b % per_file[1], c % per_file[2])
+                    with self._open(file, cell) as (fd, size, key):
+                        self._fetch(fd, [body], self._place(fd, size, key, inner, cell), cell, key)
+                    low, high = max(start, c * width), min(stop, (c + 1) * width)
+                    picked = scratch[..., low - c * width : high - c * width][np.ix_(from_run, from_step)]
+                    out[..., low - start : high - start][np.ix_(to_run, to_step)] = picked
+
+
+def group(indices: Sequence[int], size: int) -> dict[int, tuple[list[int], list[int]]]:
+    """Sort indices by the chunk they lie in: chunk → (positions in `indices`, indices within the chunk)."""
+    groups: dict[int, tuple[list[int], list[int]]] = {}
+    for position, index in enumerate(indices):
+        positions, within = groups.setdefault(index // size, ([], []))
+        positions.append(position)
+        within.append(index % size)
+    return groups
+
+
+@lru_cache(maxsize=4)
+def _index(count: int, stride: int) -> bytes:
+    """The index of a shard whose chunks lie one behind the other, with its checksum."""
+    entries = np.empty((count, 2), "<u8")
+    entries[:, 0] = np.arange(count, dtype=np.uint64) * stride
+    entries[:, 1] = stride
+    data = entries.tobytes()
+    return data + crc32c(data).to_bytes(_CRC, "little")
+
+
+class SnapshotFile:
+    """One snapshot's shard while it is written, coordinate by coordinate, under its temporary name.
+
+    Args:
+        path: the file's final path.
+        metadata: of the array; one snapshot a shard.
+        sync: whether `seal` puts the bytes on the disk itself.
+    """
+
+    def __init__(self, path: Path, metadata: ArrayMetadata, *, sync: bool) -> None:
+        assert metadata.sharded
+        assert metadata.outer[:2] == (1, 1)
+        self.path = path
+        self._metadata = metadata
+        self._sync = sync
+        self._written = 0
+        self._crc = 0
+
+    @property
+    def coordinates(self) -> int:
+        """How many coordinates have been written."""
+        return self._written // self._metadata.dtype.itemsize
+
+    def write(self, values: np.ndarray, *, last: bool = False) -> None:
+        """Append coordinates; with `last`, complete the file.
+
+        Raises:
+            ResourceError: no space left; the file is gone.
+        """
+        stride = self._metadata.chunk_bytes + _CRC
+        position = self._written // self._metadata.chunk_bytes * stride + self._written % self._metadata.chunk_bytes
+        try:
+            fd = os.open(temporary_name(self.path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC * (self._written == 0), 0o666)
+            try:
+                position = write_at(fd, self._checked(values.data.cast("B")), position)
+                if last:
+                    write_at(fd, self._ending(), position)
+                    if self._sync:
+                        os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            self.discard()
+            raise disk_error(self.path, error) from error
+
+    def _checked(self, data: memoryview) -> Iterator[Buffer]:
+        """Pieces of the data, with the checksum behind each chunk they complete."""
+        chunk = self._metadata.chunk_bytes
+        while data.nbytes:
+            piece = data[: min(chunk - self._written % chunk, _HOT_BYTES)]
+            data = data[piece.nbytes :]
+            self._crc = crc32c(piece, self._crc)
+            self._written += piece.nbytes
+            yield piece
+            if self._written % chunk == 0:
+                yield self._crc.to_bytes(_CRC, "little")
+                self._crc = 0
+
+    def _ending(self) -> Iterator[Buffer]:
+        """Fill values up to the end of the last chunk, and the index."""
+        meta = self._metadata
+        missing = -self._written % meta.chunk_bytes
+        if missing:
+            yield from self._checked(np.full(missing // meta.dtype.itemsize, np.nan, meta.dtype).data.cast("B"))
+        count = prod(meta.chunks_per_file)
+        assert self._written == count * meta.chunk_bytes
+        yield _index(count, meta.chunk_bytes + _CRC)
+
+    def publish(self) -> None:
+        """Give the completed file its name."""
+        publish(self.path)
+
+    def discard(self) -> None:
+        """Drop the file."""
+        temporary_name(self.path).unlink(missing_ok=True)
+
+
+def write_chunk(path: Path, values: np.ndarray, *, sync: bool) -> None:
+    """Replace the file of one plain chunk.
+
+    Raises:
+        ResourceError: no space left; the old file stays.
+    """
+    data = values.data.cast("B")
+    write_temporary(path, [data, crc32c(data).to_bytes(_CRC, "little")], sync=sync)
+    publish(path)
