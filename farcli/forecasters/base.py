@@ -9,11 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
-from torch import Tensor
+from torch import Tensor, float64
 
+from farcli.errors import StoreError, UsageError
 from farcli.layout import Layout, Segment
+
+T = TypeVar("T")
 
 
 class Coupling(Enum):
@@ -49,6 +52,19 @@ class Prefix:
         """Which columns of the block belong to which tensor (index into `layout.floats`)."""
         return self.layout.segments(self.start, self.start + self.weights_BCD.shape[-1])
 
+    def require(self, who: str, snapshots: int, steps_H: Sequence[int]) -> None:
+        """Refuse a context that is too short, or steps that are not in its future.
+
+        Args:
+            who: the method's name, for the message.
+            snapshots: how many snapshots it needs.
+            steps_H: the steps asked for.
+
+        Raises:
+            UsageError: the context is shorter, or a step is not later than its last one.
+        """
+        require_future(who, snapshots, self.steps_C, steps_H)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
@@ -70,6 +86,67 @@ class Problem:
     steps_H: tuple[int, ...]
     memory: int
 
+    def require_layout(self, who: str, layout: Layout) -> None:
+        """Refuse a network other than the one fitted on.
+
+        Raises:
+            UsageError: `layout` differs from the problem's.
+        """
+        if layout is self.layout or layout == self.layout:
+            return
+        if layout.size != self.layout.size:
+            found = f"was fitted on D = {self.layout.size} parameters, but this network has D = {layout.size}."
+        else:
+            pairs = zip(self.layout.slots, layout.slots, strict=False)
+            own, other = next(((a, b) for a, b in pairs if a != b), (None, None))
+            found = (
+                f"was fitted on a network with {own.name!r} of shape {list(own.shape)} where this one has "
+                f"{other.name!r} of shape {list(other.shape)}."
+                if own and other
+                else "was fitted on a network with other tensors than this one."
+            )
+        raise UsageError(f"{who} {found}", "Fit it on runs of this network.")
+
+
+def require_future(who: str, snapshots: int, steps_C: Sequence[int], steps_H: Sequence[int]) -> None:
+    """Refuse a context of fewer than `snapshots` snapshots, or steps that are not in its future.
+
+    Raises:
+        UsageError: the context is shorter, or a step is not later than its last one.
+    """
+    if len(steps_C) < snapshots:
+        raise UsageError(f"{who} needs a context of at least {snapshots} snapshots, but got {len(steps_C)}.")
+    past = next((step for step in steps_H if step <= steps_C[-1]), None)
+    if past is not None:
+        raise UsageError(
+            f"{who}: step {past} is not in the future; the context ends at step {steps_C[-1]}, "
+            "expected steps later than that."
+        )
+
+
+def require_fitted(who: str, fitted: T | None) -> T:
+    """What was learned.
+
+    Raises:
+        UsageError: nothing was, yet.
+    """
+    if fitted is None:
+        raise UsageError(f"{who} has not been fitted.", f"Fit it first: farcli fit {who} STORE -o FILE.")
+    return fitted
+
+
+def stored(who: str, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The tensor `name` of a file, on the CPU in float64.
+
+    Raises:
+        StoreError: it is missing or has another shape.
+    """
+    if name not in tensors:
+        raise StoreError(f"{who}: tensor {name!r} is missing; found {', '.join(sorted(tensors)) or 'none'}.")
+    if tuple(tensors[name].shape) != shape:
+        raise StoreError(f"{who}: tensor {name!r} has shape {list(tensors[name].shape)}, expected {list(shape)}.")
+    return tensors[name].to("cpu", float64).contiguous()
+
 
 class Forecaster(ABC):
     """Forecasts weights at future steps from a prefix.
@@ -79,7 +156,6 @@ class Forecaster(ABC):
     """
 
     Config: ClassVar[type]
-    coupling: ClassVar[Coupling]
     reference: ClassVar[str]
     """One line: where the method comes from."""
 
@@ -93,15 +169,33 @@ class Forecaster(ABC):
 
     @property
     @abstractmethod
+    def coupling(self) -> Coupling:
+        """Whether it streams blocks of coordinates or needs whole vectors. May depend on the options."""
+
+    @property
+    def transferable(self) -> bool:
+        """Whether it works on networks other than the one it was fitted on, of any layout."""
+        return True
+
+    @property
+    @abstractmethod
     def min_context(self) -> int:
-        """How many snapshots the prefix needs at least."""
+        """How many snapshots the whole context needs at least."""
+
+    def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
+        """The snapshots of a context that the method looks at; only these are read and passed in.
+
+        Raises:
+            UsageError: the context has fewer than `min_context` snapshots.
+        """
+        return tuple(steps_C)
 
     @abstractmethod
     def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """Forecast the weights at `steps_H`.
 
         Args:
-            prefix: C >= min_context snapshots of B runs.
+            prefix: the snapshots of B runs that `observed` names, or the whole context they belong to.
             steps_H: optimiser steps to forecast, each later than the last of the prefix.
 
         Returns:
@@ -114,6 +208,15 @@ class Forecaster(ABC):
 
 class FittedForecaster(Forecaster):
     """A forecaster that holds what it learned from training runs."""
+
+    @property
+    @abstractmethod
+    def transferable(self) -> bool:
+        """Whether nothing it learned is bound to the layout it was fitted on."""
+
+    def coefficients(self) -> list[dict[str, str | int | float]]:
+        """What was learned, as rows to print; empty where there is nothing short to show."""
+        return []
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -142,8 +245,13 @@ class Sums(ABC):
         """Take one block in: the observed prefix and the true weights at the problem's `steps_H`."""
 
     @abstractmethod
-    def merge(self, other: Self) -> None:
-        """Take in the sums of another part of the data."""
+    def merge(self, other: Any) -> None:
+        """Take in the sums of another part of the data: of the same class, made for the same problem."""
+
+    @property
+    @abstractmethod
+    def finite(self) -> bool:
+        """Whether every sum is a finite number; one NaN in the data that is used makes it false."""
 
 
 class SolvedForecaster(FittedForecaster):

@@ -1,0 +1,275 @@
+"""LFD-2: future weights as a linear map of the first and the last observed ones."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, final
+
+from torch import Tensor
+
+from farcli.errors import UsageError
+from farcli.forecasters.base import (
+    Coupling,
+    Prefix,
+    Problem,
+    SolvedForecaster,
+    Sums,
+    require_fitted,
+    require_future,
+    stored,
+)
+from farcli.forecasters.lfd2_dense import DenseMap, GramSums, RowSums, solve_gram, solve_rows, use_rows
+from farcli.forecasters.lfd2_shared import SharedFit, SharedOptions, SquaredSums, WeightedSums
+
+
+@final
+class Lfd2(SolvedForecaster):
+    """ŵ_h = a_h w_0 + b_h w_n + c_h, fitted for each horizon h on other runs.
+
+    The shared map has the same a, b, c for every coordinate; the dense map has matrices in their place.
+    A fitted map applies from any start: what counts is steps ahead, and the steps from w_0 to w_n.
+
+    L = L_pred + β·L_grad. L_pred is Σ r² (or Σ |r|) over runs, coordinates and horizons, relative to
+    persistence's; L_grad = mean over runs of Σ_j max(u_{j+1} − u_j, 0) with u_j = ‖ŵ_j − ŵ_{j−1}‖, ŵ_0 = w_n,
+    in units of the root mean square displacement y − w_n.
+
+    Source: "farcasting", arXiv 2505.02714: X·A + b = Y on the columns {w_0, w_n}; L_pred + β·L_grad.
+    Differs: the paper trains by gradient on L1; the squared loss here is solved exactly in one pass, L1 by
+    reweighting over a few. The paper's exact L_grad, β and sampling could not be found: ours is the hinge
+    above over whole vectors and all runs, exact through Gram matrices instead of sampled mini-batches;
+    u_j is per step, so that unequal intervals are right; both terms are free of units, so that one β
+    means the same for every network.
+    """
+
+    reference = "LFD-2, farcasting (arXiv 2505.02714), solved in closed form"
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        map: Literal["shared", "dense"] = field(
+            default="shared",
+            metadata={"help": "shared: one map for all coordinates, any D; dense: a (2D+1)→D map of the whole vector"},
+        )
+        loss: Literal["squared", "l1"] = field(
+            default="squared", metadata={"help": "squared: exact, in one pass; l1: reweighted, in several passes"}
+        )
+        beta: float = field(
+            default=0.0, metadata={"help": "weight of the gradient-decay loss: a hinge on updates that grow"}
+        )
+        scale: Literal["none", "tensor"] = field(
+            default="none",
+            metadata={"help": "tensor: measure errors in each tensor's own motion, so that large ones do not dominate"},
+        )
+        groups: Literal["none", "tensor"] = field(
+            default="none", metadata={"help": "tensor: coefficients of its own for each tensor"}
+        )
+        bias: bool = field(default=True, metadata={"help": "whether the map has a constant term"})
+        ridge: float = field(
+            default=1e-12,
+            metadata={
+                "help": "penalty relative to each centred column's sum of squares; the default stands just above "
+                "the rounding of the sums, so that only directions the data leave open feel it"
+            },
+        )
+        max_passes: int = field(default=50, metadata={"help": "passes over the data at most, for l1"})
+        tolerance: float = field(
+            default=1e-6, metadata={"help": "relative gain in the l1 loss below which passes stop"}
+        )
+
+        def __post_init__(self) -> None:
+            for name in ("beta", "ridge", "tolerance"):
+                if not 0 <= getattr(self, name) < float("inf"):
+                    raise ValueError(f"{name} = {getattr(self, name)}, expected a finite number of 0 or more.")
+            if self.max_passes < 1:
+                raise ValueError(f"max_passes = {self.max_passes}, expected 1 or more.")
+            if self.map == "dense":
+                given = {"loss": self.loss != "squared", "beta": self.beta != 0}
+                given |= {"scale": self.scale != "none", "groups": self.groups != "none"}
+                for name, differs in given.items():
+                    if differs:
+                        raise ValueError(f"{name} = {getattr(self, name)} is for map = shared; map is dense.")
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._problem: Problem | None = None
+        self._delta_K3H: Tensor | None = None
+        self._dense: DenseMap | None = None
+        self._fit: SharedFit | None = None
+
+    @property
+    def config(self) -> Config:
+        """The options."""
+        return self._config
+
+    @property
+    def coupling(self) -> Coupling:
+        """Coordinate-wise for the shared map, joint for the dense one."""
+        return Coupling.JOINT if self._config.map == "dense" else Coupling.COORDINATEWISE
+
+    @property
+    def transferable(self) -> bool:
+        """Whether the map has no coefficients bound to a tensor or coordinate."""
+        return self._config.map == "shared" and not self._options.bound
+
+    @property
+    def min_context(self) -> int:
+        """w_0 and w_n."""
+        return 2
+
+    def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
+        """The first and the last."""
+        require_future("lfd2", self.min_context, steps_C, ())
+        return (steps_C[0], steps_C[-1])
+
+    @property
+    def _options(self) -> SharedOptions:
+        config = self._config
+        return SharedOptions(
+            l1=config.loss == "l1",
+            beta=config.beta,
+            scaled=config.scale == "tensor",
+            grouped=config.groups == "tensor",
+            bias=config.bias,
+            ridge=config.ridge,
+            max_passes=config.max_passes,
+            tolerance=config.tolerance,
+        )
+
+    def sums(self, problem: Problem) -> Sums:
+        """Empty sums for one pass: squared at first, then reweighted by the residuals where the loss is L1."""
+        require_future("lfd2", self.min_context, problem.steps_C, problem.steps_H)
+        assert list(problem.steps_H) == sorted(set(problem.steps_H)), "steps_H increase"
+        if self._config.beta and len(problem.steps_H) < 2:
+            raise UsageError(
+                f"lfd2: beta = {self._config.beta} needs at least 2 target steps, found 1: "
+                "it compares each update with the one before.",
+                "Add target steps with --to, or leave beta at 0.",
+            )
+        if self._config.map == "dense":
+            return RowSums(problem) if use_rows(problem) else GramSums(problem)
+        return self._fit.sums() if self._fit else SquaredSums(problem, absolute=self._options.l1)
+
+    def solved(self, problem: Problem, sums: Any) -> Self:
+        """The forecaster that the sums determine."""
+        fitted = type(self)(self._config)
+        fitted._problem = problem
+        ridge, bias = self._config.ridge, self._config.bias
+        match sums:
+            case GramSums():
+                fitted._dense = solve_gram(sums, problem, ridge=ridge, bias=bias)
+            case RowSums():
+                fitted._dense = solve_rows(sums, problem, ridge=ridge, bias=bias)
+            case SquaredSums():
+                fitted._fit = SharedFit(self._options, problem, sums)
+            case WeightedSums():
+                assert self._fit is not None
+                fitted._fit = self._fit.reweighted(sums)
+            case _:
+                raise AssertionError(f"not sums of lfd2: {type(sums).__name__}")
+        fitted._delta_K3H = fitted._fit.delta_K3H if fitted._fit else None
+        return fitted
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether another pass would lower the L1 loss."""
+        return self._fit is not None and self._fit.unsettled
+
+    @property
+    def update_growth(self) -> float:
+        """L_grad of the map just fitted, over the training runs; 0 for one read from a file."""
+        return self._fit.growth() if self._fit else 0.0
+
+    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+        """Apply the map: [B, H, D]."""
+        prefix.require("lfd2", self.min_context, steps_H)
+        problem = require_fitted("lfd2", self._problem)
+        rows_H = _rows(problem, prefix.steps_C, steps_H)
+        if not self.transferable:
+            problem.require_layout("lfd2", prefix.layout)
+        if self._dense is not None:
+            return self._dense.forecast(prefix, rows_H, len(problem.steps_H))
+        delta_K3H = require_fitted("lfd2", self._delta_K3H)
+        first_BD, last_BD = prefix.weights_BCD[:, 0], prefix.weights_BCD[:, -1]
+        moved_BD = last_BD - first_BD
+        forecast_BHD = last_BD.new_empty((last_BD.shape[0], len(rows_H), last_BD.shape[1]))
+        parts = [(0, slice(None))]
+        if not self.transferable:
+            parts = [(segment.slot, slice(segment.start, segment.stop)) for segment in prefix.segments]
+        for slot, columns in parts:
+            for position, row in enumerate(rows_H):
+                on_first, on_moved, constant = delta_K3H[slot, :, row].tolist()
+                # In float32, displacements summed before w_n is added keep the digits that w_n would round off.
+                ahead_BD = moved_BD[:, columns] * on_moved
+                ahead_BD.add_(first_BD[:, columns], alpha=on_first).add_(constant).add_(last_BD[:, columns])
+                forecast_BHD[:, position, columns] = ahead_BD
+        return forecast_BHD
+
+    def coefficients(self) -> list[dict[str, str | int | float]]:
+        """Per horizon (and tensor, where they differ): a, b, c, beside the straight line's −j/n and 1 + j/n."""
+        problem = require_fitted("lfd2", self._problem)
+        if self._delta_K3H is None:
+            return []
+        span = problem.steps_C[-1] - problem.steps_C[0]
+        names = ["all"] if self.transferable else [slot.name for slot in problem.layout.floats]
+        rows: list[dict[str, str | int | float]] = []
+        for group, name in enumerate(names):
+            for h, step in enumerate(problem.steps_H):
+                on_first, on_moved, constant = self._delta_K3H[group, :, h].tolist()
+                ahead = step - problem.steps_C[-1]
+                rows.append(
+                    {
+                        "tensor": name,
+                        "step": step,
+                        "ahead": ahead,
+                        "a": on_first - on_moved,
+                        "b": 1 + on_moved,
+                        "c": constant,
+                        "line_a": -ahead / span,
+                        "line_b": 1 + ahead / span,
+                    }
+                )
+        return rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Coefficients of w_0, w_n − w_0 and 1 in ŵ_h − w_n, float64 [1 or tensors, 3, H]; or the dense map."""
+        if self._dense is not None:
+            return self._dense.tensors()
+        return {"delta": require_fitted("lfd2", self._delta_K3H)}
+
+    @classmethod
+    def restore(cls, config: Config, problem: Problem, tensors: Mapping[str, Tensor]) -> Self:
+        """The forecaster that `tensors` came from."""
+        fitted = cls(config)
+        fitted._problem = problem
+        if config.map == "dense":
+            fitted._dense = DenseMap.restore(problem, tensors)
+        else:
+            groups = 1 if fitted.transferable else len(problem.layout.floats)
+            fitted._delta_K3H = stored("lfd2", tensors, "delta", (groups, 3, len(problem.steps_H)))
+        return fitted
+
+
+def _rows(problem: Problem, steps_C: Sequence[int], steps_H: Sequence[int]) -> list[int]:
+    """Which fitted horizons the steps are, counted from the last observed step."""
+    span, fitted_span = steps_C[-1] - steps_C[0], problem.steps_C[-1] - problem.steps_C[0]
+    if span != fitted_span:
+        raise UsageError(
+            f"lfd2 was fitted on a context of {fitted_span} steps ({problem.steps_C[0]} to {problem.steps_C[-1]}), "
+            f"but this one spans {span} ({steps_C[0]} to {steps_C[-1]}).",
+            "Give a context of the same length, or fit again.",
+        )
+    shift = steps_C[-1] - problem.steps_C[-1]
+    fitted = [step + shift for step in problem.steps_H]
+    for step in steps_H:
+        if step not in fitted:
+            raise UsageError(
+                f"lfd2 was fitted to forecast {_listed(fitted)} steps; step {step} is not among them.",
+                "Fit again with that step in --to.",
+            )
+    return [fitted.index(step) for step in steps_H]
+
+
+def _listed(steps: Sequence[int]) -> str:
+    if len(steps) <= 5:
+        return ", ".join(map(str, steps))
+    return f"{steps[0]}, {steps[1]}, …, {steps[-1]}"
