@@ -4,16 +4,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from farcli.errors import NonFiniteError, StoppedError, StoreError, UnfinishedError, UsageError
+from farcli.errors import FarcliError, NonFiniteError, StoppedError, StoreError, UnfinishedError, UsageError
 from farcli.files import refuse_existing
 from farcli.layout import Layout
 from farcli.provenance import provenance
-from farcli.store import Trajectory, TrajectoryWriter
+from farcli.store import Trajectory, TrajectoryWriter, is_store
+from farcli.store.disk import Sync
 from farcli.training import TrainingRun, describe_workload, run_seed, workload_from
 from farcli.workloads.base import Workload
 
@@ -31,7 +32,7 @@ def record(
     options: Mapping[str, str] | None = None,
     replace: bool = False,
     resume: bool = False,
-    sync: Literal["commit", "none"] = "commit",
+    sync: Sync = "commit",
     time_limit: float | None = None,
     dry_run: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -52,7 +53,8 @@ def record(
         log_spaced: instead, so many snapshots evenly spaced in log(step), and step 0; fewer where they coincide.
         seed: of everything random.
         options: `--set` options of the workload.
-        replace: replace an existing store.
+        replace: an existing store gives way once the new one is finished; what is unfinished of it is then
+            not kept when the recording stops.
         resume: go on with an unfinished store of the same command; create it where there is none.
         sync: how durable each snapshot is made, see the store.
         time_limit: seconds after which to stop as if by a signal.
@@ -88,6 +90,8 @@ def record(
     task = workload_from(workload, options or {})
     if steps is None:
         steps = at[-1] if at else task.default_steps
+        if steps < 1:
+            raise UsageError(f"--at {steps}: expected a step of at least 1 to train to.")
     if every is None and not at and log_spaced is None:
         every = task.default_every
     schedule = _schedule(steps, every, at, log_spaced)
@@ -117,8 +121,9 @@ def record(
         "recording": {"steps": steps, "snapshots": _spacing(every, at, log_spaced)},
         "provenance": provenance(threads=task.threads or torch.get_num_threads()),
     }
-    if resume and output.exists():
-        writer = _resume(output, header, layout)
+    replacing = replace and output.exists()
+    if resume and is_store(output):
+        writer = _resume(output, header, layout, sync)
     else:
         writer = TrajectoryWriter.create(
             output,
@@ -135,8 +140,8 @@ def record(
     if writer is not None:
         deadline = began + time_limit if time_limit is not None else float("inf")
         recording = _Recording(
-            path=output,
             writer=writer,
+            resumable=not replacing,
             schedule=schedule,
             total=steps * (1 if task.lockstep else runs),
             stop=lambda: stop() or time.monotonic() > deadline,
@@ -149,7 +154,7 @@ def record(
                 for run in range(runs):
                     recording.train(task, seeds[run : run + 1], [run])
             writer.finish()
-    return row | {"bytes": _bytes(output), "seconds": time.monotonic() - began}
+    return row | {"bytes": Trajectory.open(output).nbytes, "seconds": time.monotonic() - began}
 
 
 def _schedule(steps: int, every: int | None, at: Sequence[int] | None, log_spaced: int | None) -> list[int]:
@@ -175,7 +180,7 @@ def _spacing(every: int | None, at: Sequence[int] | None, log_spaced: int | None
     return {"every": every} if log_spaced is None else {"log_spaced": log_spaced}
 
 
-def _resume(path: Path, header: Mapping[str, Any], layout: Layout) -> TrajectoryWriter | None:
+def _resume(path: Path, header: Mapping[str, Any], layout: Layout, sync: Sync) -> TrajectoryWriter | None:
     """The writer of an unfinished store of the same recording; None where it is finished."""
     try:
         stored, finished = Trajectory.open(path), True
@@ -190,7 +195,7 @@ def _resume(path: Path, header: Mapping[str, Any], layout: Layout) -> Trajectory
             )
     if stored.layout != layout:
         raise UsageError(f"{path}: holds another network, D = {stored.layout.size} instead of {layout.size}.")
-    return None if finished else TrajectoryWriter.resume(path)
+    return None if finished else TrajectoryWriter.resume(path, sync=sync)
 
 
 def _difference(found: Any, wanted: Any, name: str) -> str | None:
@@ -214,15 +219,16 @@ class _Recording:
     def __init__(
         self,
         *,
-        path: Path,
         writer: TrajectoryWriter,
+        resumable: bool,
         schedule: list[int],
         total: int,
         stop: Callable[[], bool],
         report: Callable[[float, float, str], None],
     ) -> None:
-        self.path = path
+        self.path = writer.path
         self.writer = writer
+        self.resumable = resumable
         self.schedule = schedule
         self.total = total
         self.stop = stop
@@ -253,12 +259,12 @@ class _Recording:
         self.done += self.schedule[-1]
 
     def _stopped(self, step: int, runs: Sequence[int]) -> None:
-        saved = sum(self.writer.snapshots)
-        planned = len(self.writer.snapshots) * len(self.schedule)
-        raise StoppedError(
-            f"{self.path}: stopped at step {step} of {_label(runs)}; {saved} of {planned} snapshots are saved.",
-            "Run the same command again with --resume.",
-        )
+        where = f"{self.path}: stopped at step {step} of {_label(runs)}"
+        if not self.resumable:
+            raise FarcliError(f"{where}; the store it was to replace is kept, nothing of the new one is.")
+        self.writer.close()  # says so when the disk is full; leaving the writer's block would not
+        saved, planned = sum(self.writer.snapshots), len(self.writer.snapshots) * len(self.schedule)
+        raise StoppedError(f"{where}; {saved} of {planned} snapshots are saved.", "Run it again with --resume.")
 
     def _require_finite(self, vectors: np.ndarray, runs: Sequence[int], step: int, losses: np.ndarray) -> None:
         finite = np.isfinite(vectors).all(axis=1)
@@ -267,7 +273,8 @@ class _Recording:
             raise NonFiniteError(
                 f"{self.path}: run {runs[index]} diverged: its weights are not finite at step {step} "
                 f"(training loss {losses[index]:g}).",
-                "Try a lower learning rate. The snapshots before can be read with --partial.",
+                "Try a lower learning rate."
+                + (" The snapshots before can be read with --partial." if self.resumable else ""),
             )
 
     def _compare(
@@ -286,9 +293,3 @@ class _Recording:
 
 def _label(runs: Sequence[int]) -> str:
     return f"run {runs[0]}" if len(runs) == 1 else f"runs {runs[0]}…{runs[-1]}"
-
-
-def _bytes(path: Path) -> int:
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
