@@ -64,14 +64,16 @@ def choose_chunks(
     """
     row = max(1, coordinates) * itemsize
     if row >= BIG_BYTES:
-        parts = -(-coordinates // _INNER)
-        width = -(-coordinates // parts)
+        width = _equal_parts(coordinates, _INNER)
         return 1, 1, -(-width // _INNER_MULTIPLE) * _INNER_MULTIPLE
-    per_run = max(1, min(runs, _MOST_CHUNK_BYTES // row)) if lockstep else 1
-    steps = max(1, _CHUNK_BYTES // (per_run * row))
-    expected = planned or _UNPLANNED_STEPS
-    parts = -(-expected // steps)
-    return per_run, -(-expected // parts), max(1, coordinates)
+    per_run = _equal_parts(runs, max(1, _MOST_CHUNK_BYTES // row)) if lockstep else 1
+    steps = _equal_parts(planned or _UNPLANNED_STEPS, max(1, _CHUNK_BYTES // (per_run * row)))
+    return per_run, steps, max(1, coordinates)
+
+
+def _equal_parts(count: int, most: int) -> int:
+    """The size of the fewest equal parts of `count` that are no larger than `most`."""
+    return -(-count // -(-count // most))
 
 
 class TrajectoryWriter:
@@ -172,6 +174,8 @@ class TrajectoryWriter:
             raise UsageError(f"dtype {dtype!r}: expected {' or '.join(FLOATS)}.")
         if sync not in SYNC_POLICIES:
             raise UsageError(f"sync {sync!r}: expected {', '.join(SYNC_POLICIES)}.")
+        if not runs:
+            raise UsageError(f"{path}: there are no runs to store.")
         chunk = _checked_chunk(chunk, layout.size) or choose_chunks(
             len(runs),
             layout.size,
