@@ -22,16 +22,15 @@ from farcli.cli.output import Column
 from farcli.policies import EvalBuffers
 
 COLUMNS = (
-    Column(key="step", heading="step"),
-    Column(key="ahead", heading="ahead", form="+d"),
+    Column(key="when", heading="step"),
     Column(key="method", heading="method"),
     Column(key="tensor", heading="tensor"),
-    Column(key="mse", heading="mse", form=".3g"),
-    Column(key="skill", heading="skill", form="+.3f"),
-    Column(key="cosine", heading="cosine", form="+.3f"),
-    Column(key="loss", heading="loss", form=".4f"),
-    Column(key="accuracy", heading="accuracy", form=".3f"),
-    Column(key="worth", heading="worth (steps)"),
+    Column(key="mse", heading="mse", form=".2g"),
+    Column(key="skill", heading="skill", form="+.2f"),
+    Column(key="cosine", heading="cos.", form="+.2f"),
+    Column(key="loss", heading="loss", form=".3g"),
+    Column(key="accuracy", heading="acc.", form=".3f"),
+    Column(key="worth", heading="worth"),
     Column(key="better", heading="better", form=".0%"),
 )
 
@@ -76,7 +75,7 @@ def evaluate(
 
     Example: farcli eval forecast.zarr runs/digits.zarr
     """
-    from farcli.cli.output import emit
+    from farcli.cli.output import chosen_format, emit
     from farcli.verbs.evaluate import check
 
     rows = evaluated(
@@ -96,10 +95,13 @@ def evaluate(
         memory=memory,
         partial=partial,
     )
-    shown = [{**row, "worth": worth(row), "_style": _style(row)} for row in rows] if _tabular(format) else rows
-    columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in shown)]
-    rules = [i for i in range(1, len(rows)) if rows[i]["step"] != rows[i - 1]["step"]]
-    emit(shown, columns, form=format, title=_title(inputs, rows), notes=_notes(rows), rule_before=rules)
+    if chosen_format(format) == "table":
+        rules = [i for i in range(len(rows)) if i == 0 or rows[i]["step"] != rows[i - 1]["step"]]
+        shown = [_shown(row, first=index in rules) for index, row in enumerate(rows)]
+        columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in shown)]
+        emit(shown, columns, form=format, title=_title(inputs, rows), notes=_notes(rows), rule_before=rules)
+    else:
+        emit(rows, form=format)
     check(rows, limits or [])
 
 
@@ -128,10 +130,14 @@ def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, mem
         )
 
 
-def _tabular(format: str) -> bool:
-    from farcli.cli.output import chosen_format
-
-    return chosen_format(format) == "table"  # pyright: ignore[reportArgumentType]
+def _shown(row: dict, *, first: bool) -> dict:
+    """A row as the table shows it: the horizon is said once."""
+    style = {"forecast": "bold", "truth": "green", "chance": "dim"}.get(row["role"])
+    when = f"{row['step']} {row['ahead']:+d}" if first else " "
+    skill = row["skill"]
+    # A forecast a hundred times worse than none needs no decimals, which would only widen the table.
+    skill = "<−99" if skill is not None and skill < -99 else skill
+    return {**row, "when": when, "skill": skill, "worth": worth(row), "_style": style}
 
 
 def worth(row: dict) -> str | None:
@@ -141,10 +147,6 @@ def worth(row: dict) -> str | None:
         return None
     sign = ("≤ " if steps < 0 else "≥ ") if (row.get("bounded") or 0) * 2 > row["runs"] else ""
     return f"{sign}{steps:+.0f}".replace("-", "−")
-
-
-def _style(row: dict) -> str | None:
-    return {"forecast": "bold", "truth": "green", "chance": "dim"}.get(row["role"])
 
 
 def _title(inputs: list[str], rows: list[dict]) -> str:

@@ -9,7 +9,12 @@ def methods(format: FormatOption = "auto") -> None:
     from farcli.verbs.listings import methods as listed
 
     rows = listed()
-    columns = [Column(key=key, heading=key) for key in ("method", "needs_fit", "min_context", "reference")]
+    columns = [
+        Column(key="method", heading="method"),
+        Column(key="needs_fit", heading="needs fit"),
+        Column(key="min_context", heading="least context"),
+        Column(key="reference", heading="reference", wrap=True),
+    ]
     emit(rows, columns, form=format)
     if chosen_format(format) == "table":
         print_options([(row["method"], row["options"]) for row in rows])
@@ -23,8 +28,8 @@ def print_options(entries: list[tuple[str, list[dict]]]) -> None:
     columns = [
         Column(key="of", heading="--set for"),
         Column(key="name", heading="key"),
-        Column(key="type", heading="value"),
+        Column(key="type", heading="value", wrap=True),
         Column(key="default", heading="default"),
-        Column(key="help", heading="meaning"),
+        Column(key="help", heading="meaning", wrap=True),
     ]
     emit(rows, columns, form="table")

@@ -4,11 +4,13 @@ import inspect
 import json
 import tomllib
 from collections.abc import Callable
+from copy import copy
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
+from typer.models import OptionInfo
 
 from farcli.cli.output import Format
 from farcli.errors import UsageError
@@ -27,7 +29,8 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="Option of the method or workload, key=value; repeatable.")
 ]
 To = Annotated[
-    list[str] | None, typer.Option("--to", help="Steps to forecast: 600, 200,400,600, A:B:C or all; repeatable.")
+    list[str] | None,
+    typer.Option("--to", help="Steps to forecast: 600, 200,400,600, START:STOP:STEP or all; repeatable."),
 ]
 From = Annotated[int | None, typer.Option("--from", help="Step of the last observed snapshot.")]
 Context = Annotated[
@@ -68,7 +71,7 @@ def subcommand(run: Callable[..., None]) -> Callable[..., None]:
     shared = {"config": (_Config, None), "show_config": (_ShowConfig, False), "verbose": (_Verbose, 0)}
     parameters = [
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *signature.parameters.values(),
+        *(_with_variables(run.__name__, parameter) for parameter in signature.parameters.values()),
         *(
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
             for name, (annotation, default) in shared.items()
@@ -77,6 +80,22 @@ def subcommand(run: Callable[..., None]) -> Callable[..., None]:
     wrapped.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapped
+
+
+def _with_variables(command: str, parameter: inspect.Parameter) -> inspect.Parameter:
+    """Let FARCLI_FIT_MEMORY, or FARCLI_MEMORY for all subcommands, stand for `fit --memory`."""
+    plain, *extras = get_args(parameter.annotation) or (parameter.annotation,)
+    for index, extra in enumerate(extras):
+        if isinstance(extra, OptionInfo) and extra.param_decls:
+            long = next(name for name in extra.param_decls if name.startswith("--"))
+            name = long.removeprefix("--").replace("-", "_").upper()
+            extras[index] = copy(extra)  # shared by several subcommands
+            extras[index].envvar, extras[index].show_envvar = (
+                [f"FARCLI_{command.upper()}_{name}", f"FARCLI_{name}"],
+                False,
+            )
+            return parameter.replace(annotation=Annotated[plain, extras[index]])
+    return parameter
 
 
 def _read_config(ctx: typer.Context, value: str | None) -> str | None:

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import isfinite, isnan
 from typing import Any, Literal
 
 Format = Literal["auto", "table", "ndjson", "csv"]
@@ -15,11 +15,12 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One column of a table: the key of the rows, its heading, and how numbers are shown."""
+    """One column of a table: the key of the rows, its heading, how numbers are shown, whether long text wraps."""
 
     key: str
     heading: str
     form: str = ""
+    wrap: bool = False
 
 
 def chosen_format(wanted: Format) -> Literal["table", "ndjson", "csv"]:
@@ -79,7 +80,7 @@ def _all_columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 
 def _cell(value: Any, form: str) -> str:
-    if value is None or value == "":
+    if value is None or value == "" or (isinstance(value, float) and isnan(value)):
         return "·"
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -101,10 +102,12 @@ def _table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for column in columns:
         numeric = any(isinstance(row.get(column.key), int | float) for row in rows)
-        table.add_column(column.heading, justify="right" if numeric else "left", no_wrap=True)
+        table.add_column(column.heading, justify="right" if numeric else "left", no_wrap=not column.wrap)
     for index, row in enumerate(rows):
         if index in rules and index:
             table.add_section()

@@ -10,7 +10,10 @@ def workloads(format: FormatOption = "auto") -> None:
     from farcli.verbs.listings import workloads as listed
 
     rows = listed()
-    columns = [Column(key=key, heading=key) for key in ("workload", "steps", "every", "needs", "summary")]
+    columns = [
+        *(Column(key=key, heading=key) for key in ("workload", "steps", "every", "needs")),
+        Column(key="summary", heading="summary", wrap=True),
+    ]
     emit(rows, columns, form=format)
     if chosen_format(format) == "table":
         print_options([(row["workload"], row["options"]) for row in rows])

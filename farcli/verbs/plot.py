@@ -77,11 +77,17 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
         key = (str(row["role"]), str(row["method"]))
         series.setdefault(key, []).append((float(row["step"]), float("nan") if value is None else float(value)))
     bounds = _bounds(series, quantity)
+    origin = min(float(row["step"]) - float(row["ahead"]) for row in rows)
+    kept = next((points[0][1] for (_, method), points in series.items() if method == "persistence"), float("nan"))
+    if quantity == "mse":
+        kept = float("nan")
     colours = iter(_COLOURS * 4)
     seen_forecasts = [key for key in series if key[0] == "forecast"]
     for key in sorted(series, key=lambda k: ("yardstick", "chance", "truth", "forecast").index(k[0])):
         role, method = key
         steps, values = np.array(sorted(series[key])).T
+        if role != "chance" and np.isfinite(kept):  # every forecast starts from the last observed weights
+            steps, values = np.insert(steps, 0, origin), np.insert(values, 0, kept)
         if role == "truth":
             axes.plot(steps, values, color="black", lw=2.0, marker="o", ms=3.5, label="true future", zorder=5)
         elif role == "chance":
@@ -96,11 +102,9 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
         else:
             colour, style, label = _STYLE.get(method, ("#59a14f", "-.", method))
             axes.plot(steps, values, color=colour, lw=1.5, ls=style, label=label, zorder=3)
-    origin = min(float(row["step"]) - float(row["ahead"]) for row in rows)
-    axes.axvline(origin, color="#bbbbbb", lw=1)
-    axes.annotate(
-        "last observed step", (origin, bounds[1]), rotation=90, va="top", ha="right", color="#9a9a9a", fontsize=8
-    )
+    if np.isfinite(kept):
+        axes.plot([origin], [kept], "o", color="black", ms=6, zorder=7)
+        axes.annotate("$w_n$, last observed", (origin, kept), (4, -6), textcoords="offset points", va="top", fontsize=9)
     positive = bounds[0] > 0
     if quantity != "accuracy" and positive:
         axes.set_yscale("log")

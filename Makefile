@@ -1,0 +1,85 @@
+# farcli: every task as one word. `make` or `make help` lists them.
+
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for pip, for example an index that holds CPU builds of torch for your platform.
+PIP_ARGS ?=
+THREADS ?= 2
+
+BIN := $(VENV)/bin
+FARCLI := $(BIN)/farcli
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+export OMP_NUM_THREADS ?= $(THREADS)
+
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow format lint types imports check constraints clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+# ---------------------------------------------------------------- environments
+
+$(VENV)/demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/demo
+
+install: $(VENV)/dev  ## Make .venv with everything for development
+
+# ------------------------------------------------------------------------ demo
+
+# A finished store carries its group's zarr.json, written last: that file is the target.
+DEMO := demo
+DIGITS := $(DEMO)/runs/digits.zarr
+
+$(DIGITS)/zarr.json: | $(VENV)/demo
+	$(FARCLI) record digits-cnn -o $(DIGITS) --runs 12 --steps 600 --every 20 --seed 0 --resume --format table
+
+$(DEMO)/lfd2.safetensors: $(DIGITS)/zarr.json
+	$(FARCLI) fit lfd2 $(DIGITS) -o $@ --context 5 --train-runs 0:8 --force --format table
+
+$(DEMO)/forecast.zarr/zarr.json: $(DEMO)/lfd2.safetensors
+	$(FARCLI) forecast $(DEMO)/lfd2.safetensors $(DIGITS) -o $(DEMO)/forecast.zarr --runs 8:12 --force --format table
+
+$(DEMO)/forecast.png: $(DEMO)/forecast.zarr/zarr.json
+	$(FARCLI) plot $(DEMO)/forecast.zarr $(DIGITS) -o $@ --force --quiet > /dev/null
+
+demo: $(DEMO)/forecast.png  ## Record, fit, forecast and weigh a real network; prints a table and a picture's path
+	@$(FARCLI) eval $(DEMO)/forecast.zarr $(DIGITS) --format table
+	@echo "picture: $(CURDIR)/$(DEMO)/forecast.png"
+
+# ----------------------------------------------------------------------- tests
+
+test: $(VENV)/dev  ## Run the tests, in a few minutes
+	$(BIN)/python -m pytest -q -n $(THREADS) -m 'not slow'
+
+test-slow: $(VENV)/dev  ## Run the tests that take longer
+	$(BIN)/python -m pytest -q -m slow
+
+format: $(VENV)/dev  ## Format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(VENV)/dev  ## Check style
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/dev  ## Check types
+	$(BIN)/pyright
+
+imports: $(VENV)/dev  ## Check that imports point down
+	$(BIN)/lint-imports
+
+check: lint types imports test  ## Everything that must hold before a push
+
+constraints: $(VENV)/dev  ## Write constraints.txt from the present environment
+	@{ head -2 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//'; } > constraints.new
+	@mv constraints.new constraints.txt
+
+clean:  ## Remove the demo's output
+	rm -rf $(DEMO)

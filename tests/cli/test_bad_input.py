@@ -1,0 +1,329 @@
+"""Bad input through the real command: one clear line, its exit code, nothing half-written left behind."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import PROGRAM
+
+zarr = pytest.importorskip("zarr")
+
+
+@pytest.fixture
+def folder(small, tmp_path):
+    """A copy to damage."""
+    for name in ("digits.zarr", "linreg.zarr", "forecast.zarr"):
+        shutil.copytree(small / name, tmp_path / name)
+    shutil.copy(small / "lfd2.safetensors", tmp_path)
+    return tmp_path
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(farcli, folder, words, code, *texts):
+    """The command fails with `code` and one line that holds `texts`; files are as they were."""
+    before = listing(folder)
+    outcome = farcli(*words, cwd=folder)
+    assert outcome.code == code, (outcome.code, outcome.err)
+    lines = outcome.err.strip().splitlines()
+    errors = [line for line in lines if line.startswith("farcli: error: ")]
+    assert len(errors) == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+    for text in texts:
+        assert text in outcome.err, outcome.err
+    assert listing(folder) == before
+    return outcome.err
+
+
+FORECAST = ("forecast", "lfd2.safetensors", "digits.zarr", "-o", "new.zarr")
+FIT = ("fit", "lfd2", "digits.zarr", "-o", "new.safetensors")
+
+
+class TestStores:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("fit", "lfd2", "nowhere.zarr", "-o", "new.safetensors"),
+            ("forecast", "lfd2.safetensors", "nowhere.zarr", "-o", "new.zarr"),
+            ("eval", "forecast.zarr", "nowhere.zarr"),
+            ("inspect", "nowhere.zarr"),
+            ("export", "nowhere.zarr", "--step", "5", "-o", "new.safetensors"),
+            ("plot", "forecast.zarr", "nowhere.zarr", "-o", "new.png"),
+        ],
+    )
+    def test_missing(self, farcli, folder, words):
+        refused(farcli, folder, words, 3, "nowhere.zarr")
+
+    @pytest.mark.parametrize("words", [FIT, FORECAST, ("eval", "forecast.zarr", "digits.zarr")])
+    def test_unfinished(self, farcli, folder, words):
+        (folder / "digits.zarr" / "zarr.json").unlink()
+        refused(farcli, folder, words, 3, "digits.zarr", "not finished", "--resume")
+
+    def test_unfinished_is_read_on_request(self, farcli, folder):
+        (folder / "digits.zarr" / "zarr.json").unlink()
+        assert farcli(*FIT, "--partial", cwd=folder).code == 0
+        assert json.loads(farcli("inspect", "digits.zarr", cwd=folder).out)["finished"] is False
+
+    @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "remove"])
+    @pytest.mark.parametrize("words", [FIT, FORECAST, ("eval", "forecast.zarr", "digits.zarr")])
+    def test_damaged(self, farcli, folder, words, damage):
+        data_files = [path for path in (folder / "digits.zarr/weights").rglob("*") if path.is_file()]
+        data_files = [path for path in data_files if path.name != "zarr.json"]
+        assert data_files
+        for victim in data_files:
+            data = bytearray(victim.read_bytes())
+            if damage == "flip":
+                data[100] ^= 0x10
+                victim.write_bytes(data)
+            elif damage == "remove":
+                victim.unlink()
+            else:
+                victim.write_bytes(data[: len(data) // 2 if damage == "truncate" else 0])
+        refused(farcli, folder, words, 3, "digits.zarr")
+
+    def test_foreign_group(self, farcli, folder):
+        group = zarr.create_group(folder / "other.zarr")
+        group.create_array("weights", shape=(2, 3, 4), dtype="f4")
+        refused(farcli, folder, ("fit", "mean", "other.zarr", "-o", "new.safetensors"), 3, "other.zarr", "farcli")
+
+    def test_a_folder_and_a_file_that_are_no_stores(self, farcli, folder):
+        (folder / "folder").mkdir()
+        (folder / "notes.txt").write_text("hello")
+        for name in ("folder", "notes.txt"):
+            refused(farcli, folder, ("fit", "mean", name, "-o", "new.safetensors"), 3, name)
+            refused(farcli, folder, ("inspect", name), 3, name)
+
+    def test_newer_schema(self, farcli, folder):
+        for path in (folder / "digits.zarr/zarr.json", folder / "digits.zarr/weights/zarr.json"):
+            path.write_text(re.sub(r'"schema":\s*1\b', '"schema": 99', path.read_text()))
+        refused(farcli, folder, FIT, 3, "digits.zarr", "schema 99")
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_weights_that_are_not_finite(self, farcli, folder, value):
+        weights = zarr.open_array(folder / "digits.zarr/weights", mode="r+")
+        weights[1, 0, 7] = value
+        for words in (FIT, FORECAST, ("eval", "forecast.zarr", "digits.zarr", "--runs", "2")):
+            if words[0] == "eval":
+                weights[2, 0, 7] = value
+            message = refused(farcli, folder, words, 4, "digits.zarr", "run", "step 0", "0.weight")
+            assert str(value) in message
+
+    def test_the_truth_comes_last(self, farcli, folder):
+        refused(farcli, folder, ("eval", "digits.zarr", "forecast.zarr"), 2, "digits.zarr", "recorded truth")
+        refused(farcli, folder, ("eval", "digits.zarr"), 2, "digits.zarr")
+
+
+class TestForecasters:
+    def test_fitted_on_another_network(self, farcli, folder):
+        words = ("forecast", "lfd2.safetensors", "linreg.zarr", "-o", "new.zarr")
+        refused(farcli, folder, words, 2, "lfd2.safetensors was fitted on D = ", "linreg.zarr has D = 2")
+
+    def test_prefix_shorter_than_the_context(self, farcli, folder):
+        refused(farcli, folder, (*FIT, "--context", "40"), 2, "digits.zarr", "13 snapshots", "40")
+        refused(farcli, folder, (*FIT, "--context", "1"), 2, "lfd2", "at least 2")
+        refused(farcli, folder, (*FORECAST, "--from", "5"), 2, "prefix")
+        refused(farcli, folder, ("eval", "quadratic", "digits.zarr", "--context", "2"), 2, "quadratic", "at least 3")
+
+    def test_nothing_left_to_forecast(self, farcli, folder):
+        refused(farcli, folder, (*FIT, "--context", "13"), 2, "nothing to forecast")
+
+    def test_missing_foreign_and_damaged_files(self, farcli, folder):
+        refused(farcli, folder, ("forecast", "no.safetensors", "digits.zarr", "-o", "new.zarr"), 3, "no.safetensors")
+        from safetensors.numpy import save_file
+
+        save_file({"a": np.zeros(3, np.float32)}, folder / "foreign.safetensors")
+        (folder / "broken.safetensors").write_bytes((folder / "lfd2.safetensors").read_bytes()[:40])
+        for name in ("foreign.safetensors", "broken.safetensors"):
+            refused(farcli, folder, ("forecast", name, "digits.zarr", "-o", "new.zarr"), 3, name)
+            refused(farcli, folder, ("inspect", name), 3, name)
+
+    def test_a_method_that_must_be_fitted_first(self, farcli, folder):
+        refused(
+            farcli, folder, ("forecast", "lfd2", "digits.zarr", "-o", "new.zarr"), 2, "must be fitted", "farcli fit"
+        )
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("words", "guess"),
+        [
+            (("fit", "lfd", "digits.zarr", "-o", "new.safetensors"), "Did you mean 'lfd2'?"),
+            (("forecast", "linaer", "digits.zarr", "-o", "new.zarr"), "Did you mean 'linear'?"),
+            (("eval", "persistance", "digits.zarr"), "Did you mean 'persistence'?"),
+            (("record", "digit-cnn", "-o", "new.zarr"), "Did you mean 'digits-cnn'?"),
+            ((*FIT, "--set", "ridgee=1"), "Did you mean 'ridge'?"),
+            (("record", "linreg", "-o", "new.zarr", "--set", "optimiser=sgd"), "Did you mean 'optimizer'?"),
+            (("fitt", "lfd2"), "fitt"),
+            ((*FIT, "--contxt", "3"), "--contxt"),
+        ],
+    )
+    def test_unknown(self, farcli, folder, words, guess):
+        refused(farcli, folder, words, 2, guess)
+
+    def test_options_with_impossible_values(self, farcli, folder):
+        for words, text in (
+            ((*FIT, "--set", "map=sparse"), "shared|dense"),
+            ((*FIT, "--set", "beta"), "key=value"),
+            ((*FIT, "--memory", "lots"), "512M"),
+            ((*FIT, "--device", "abacus"), "abacus"),
+            (("record", "linreg", "-o", "new.zarr", "--runs", "0"), "at least 1"),
+            (("record", "linreg", "-o", "new.zarr", "--steps", "x"), "--steps"),
+            (("record", "linreg", "-o", "new.zarr", "--set", "optimizer=sgdd"), "sgd|adam"),
+            (("eval", "persistence", "digits.zarr", "--max", "mse"), "mse=0.05"),
+            (("eval", "persistence", "digits.zarr", "--loss", "nothing"), "package.module:function"),
+            (("plot", "persistence", "digits.zarr", "-o", "new.bmp"), ".png"),
+        ):
+            refused(farcli, folder, words, 2, text)
+
+
+class TestRanges:
+    @pytest.mark.parametrize(
+        ("words", "texts"),
+        [
+            ((*FIT, "--train-runs", "0:8"), ("0:8", "0…3")),
+            ((*FIT, "--train-runs", "5"), ("5", "0…3")),
+            ((*FIT, "--to", "999"), ("999",)),
+            ((*FIT, "--horizon", "99"), ("99", "8 snapshots")),
+            ((*FIT, "--to", "30", "--horizon", "2"), ("--horizon and --to",)),
+            ((*FORECAST, "--runs", "9"), ("9", "0…3")),
+            ((*FORECAST, "--to", "33"), ("33", "not among them")),
+            ((*FORECAST, "--to", "5"), ("5", "not after")),
+            (("eval", "forecast.zarr", "digits.zarr", "--runs", "0"), ("0", "2…3")),
+            (("eval", "forecast.zarr", "digits.zarr", "--to", "7"), ("7",)),
+            (("export", "digits.zarr", "--run", "0", "--step", "7", "-o", "m.safetensors"), ("step 7", "nearest")),
+            (("export", "digits.zarr", "--run", "9", "--step", "5", "-o", "m.safetensors"), ("run 9",)),
+            (("export", "digits.zarr", "--step", "5", "-o", "m.safetensors"), ("4 runs", "--run")),
+        ],
+    )
+    def test_out_of_range(self, farcli, folder, words, texts):
+        refused(farcli, folder, words, 2, *texts)
+
+
+class TestOutputs:
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("record", "linreg", "-o", "linreg.zarr"),
+            ("fit", "lfd2", "digits.zarr", "-o", "lfd2.safetensors"),
+            ("forecast", "lfd2.safetensors", "digits.zarr", "-o", "forecast.zarr"),
+            ("export", "digits.zarr", "--run", "0", "-o", "lfd2.safetensors"),
+            ("plot", "forecast.zarr", "digits.zarr", "-o", "forecast.zarr"),
+        ],
+    )
+    def test_an_output_that_exists(self, farcli, folder, words):
+        refused(farcli, folder, words, 2, words[-1], "exists", "--force")
+
+    def test_force_replaces(self, farcli, folder):
+        before = (folder / "forecast.zarr/zarr.json").read_bytes()
+        assert farcli(*FORECAST[:4], "forecast.zarr", "--runs", "1:3", "--force", cwd=folder).code == 0
+        assert (folder / "forecast.zarr/zarr.json").read_bytes() != before
+        assert farcli("eval", "forecast.zarr", "digits.zarr", "--runs", "2", cwd=folder).code == 0
+
+    def test_resuming_something_else(self, farcli, folder):
+        words = ("record", "linreg", "-o", "linreg.zarr", "--runs", "6", "--steps", "20", "--seed", "2", "--resume")
+        refused(farcli, folder, words, 2, "linreg.zarr", "seed")
+
+    def test_resuming_what_is_done_changes_nothing(self, farcli, folder):
+        before = listing(folder)
+        words = ("record", "linreg", "-o", "linreg.zarr", "--runs", "6", "--steps", "20", "--seed", "1", "--resume")
+        outcome = farcli(*words, cwd=folder)
+        assert outcome.code == 0, outcome.err
+        assert json.loads(outcome.out)["path"] == "linreg.zarr"
+        assert listing(folder) == before
+
+    def test_too_little_memory(self, farcli, folder):
+        refused(farcli, folder, (*FIT, "--memory", "10K"), 6, "--memory", "too small")
+
+    def test_a_dense_map_too_large(self, farcli, folder):
+        refused(farcli, folder, (*FIT, "--set", "map=dense", "--memory", "2M"), 6, "D = ")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+class TestFullDisk:
+    @pytest.fixture
+    def disk(self, tmp_path):
+        place = tmp_path / "disk"
+        place.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"cannot mount a small disk: {done.stderr.strip()}")
+        yield place
+        subprocess.run(["umount", str(place)], check=True)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("forecast", "lfd2.safetensors", "digits.zarr", "-o", "disk/new.zarr"),
+            ("fit", "mean", "digits.zarr", "-o", "disk/new.safetensors"),
+            ("plot", "forecast.zarr", "digits.zarr", "-o", "disk/new.png"),
+        ],
+    )
+    def test_no_space(self, farcli, folder, disk, words):
+        outcome = farcli(*words, cwd=folder)
+        assert outcome.code == 6, outcome.err
+        assert "no space" in outcome.err.lower()
+        assert "Traceback" not in outcome.err
+        assert not list(disk.iterdir())
+
+    def test_a_recording_keeps_what_was_committed(self, farcli, folder, disk):
+        words = ("record", "digits-cnn", "-o", "disk/new.zarr", "--runs", "3", "--steps", "60", "--every", "5")
+        outcome = farcli(*words, cwd=folder)
+        assert outcome.code == 6, outcome.err
+        assert "no space" in outcome.err.lower()
+        assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stopped_recording_resumes_bit_equal(farcli, tmp_path, number):
+    words = ["record", "digits-cnn", "-o", "run.zarr", "--runs", "2", "--steps", "300", "--every", "10", "--seed", "5"]
+    process = subprocess.Popen(
+        [PROGRAM, *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    weights = tmp_path / "run.zarr/weights/zarr.json"
+    while not weights.exists() or json.loads(weights.read_text())["shape"][1] < 3:
+        assert process.poll() is None, process.communicate()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, err
+    assert out == ""
+    assert "--resume" in err
+    assert not (tmp_path / "run.zarr/zarr.json").exists()
+    assert farcli("fit", "lfd2", "run.zarr", "-o", "x.safetensors", cwd=tmp_path).code == 3
+    assert farcli(*words, "--resume", cwd=tmp_path).code == 0
+    assert farcli(*[w if w != "run.zarr" else "whole.zarr" for w in words], cwd=tmp_path).code == 0
+    stopped, whole = (zarr.open_array(tmp_path / name / "weights", mode="r")[:] for name in ("run.zarr", "whole.zarr"))
+    np.testing.assert_array_equal(stopped, whole)
+
+
+def test_a_killed_forecast_leaves_nothing(farcli, folder):
+    before = listing(folder)
+    process = subprocess.Popen([PROGRAM, *FORECAST], cwd=folder, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    # Wherever the signal lands: nothing of the output, or all of it.
+    try:
+        process.wait(timeout=1.6)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) in (0, 128 + signal.SIGTERM, -signal.SIGTERM)
+    if listing(folder) != before:
+        assert farcli("inspect", "new.zarr", cwd=folder).code == 0
+        assert json.loads(farcli("inspect", "new.zarr", cwd=folder).out)["finished"]
+        shutil.rmtree(folder / "new.zarr")
+        assert listing(folder) == before
+
+
+def test_paths_with_spaces_and_signs(farcli, small, tmp_path):
+    odd = tmp_path / "a b [c] ü"
+    assert farcli("forecast", small / "lfd2.safetensors", small / "digits.zarr", "-o", odd / "f.zarr").code == 0
+    assert Path(odd / "f.zarr/zarr.json").exists()
