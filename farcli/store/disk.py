@@ -136,28 +136,31 @@ class Lock:
 
     def __init__(self, folder: Path, store: Path) -> None:
         self._path = folder / LOCK
+        self._fd = -1
         try:
-            while True:
-                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-                if self._acquire(store) and self._is_current():
-                    break
-                os.close(self._fd)
+            while not self._acquire(store):
+                pass
             os.ftruncate(self._fd, 0)
             os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
         except OSError as error:
+            self.release()
             raise disk_error(store, error) from error
 
     def _acquire(self, store: Path) -> bool:
+        self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(self._fd)
+            self._close()
             raise being_written(store, owner(self._path.parent)) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
             # A file system without locks: writing without one beats not writing at all.
-        return True
+        if self._is_current():
+            return True
+        self._close()
+        return False
 
     def _is_current(self) -> bool:
         # The former owner may have removed the file between our open and our flock.
@@ -170,8 +173,11 @@ class Lock:
         """Give the right back; the file disappears."""
         if self._fd >= 0:
             self._path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = -1
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
 
 
 def being_written(store: Path, pid: int | None) -> UsageError:

@@ -338,13 +338,13 @@ def read_record(store: Path, *, finished: bool) -> Record:
         StoreError: the store is not one this farcli can read, or its metadata contradict each other.
         DamagedError: metadata are missing or unreadable.
     """
-    document = read_document(store / "weights" / DOCUMENT, store)
     if finished:
-        values = read_document(store / DOCUMENT, store).get("attributes", {}).get(KEY)
-        header = parse_header(values, store)
+        header = parse_header(read_document(store / DOCUMENT, store).get("attributes", {}).get(KEY), store)
+        document = read_document(store / "weights" / DOCUMENT, store)
         steps = increasing_steps(header.values.get("steps"), "steps", store)
         snapshots = [len(steps)] * len(header.runs)
     else:
+        document = read_document(store / "weights" / DOCUMENT, store)
         attributes = document.get("attributes", {})
         header = parse_header(attributes.get(KEY), store)
         steps = increasing_steps(attributes.get("steps"), "steps", store)

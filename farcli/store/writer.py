@@ -200,30 +200,29 @@ class TrajectoryWriter:
         )
         exists = _check_target(path, replace=replace)
         home = disk.staging_path(path) if staged or exists else path
+        weights = parse_array(document, "weights", DIMENSIONS, path)
+        if home != path and home.exists():
+            raise disk.being_written(path, os.getpid())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             disk.remove_abandoned(path)
-            (home / "weights").mkdir(parents=True, exist_ok=home == path)
+            (home / "weights").mkdir(parents=True, exist_ok=True)
             lock = disk.Lock(home / "weights", path)
-        except FileExistsError:
-            raise disk.being_written(path, disk.owner(home / "weights")) from None
+            if (home / "weights" / DOCUMENT).exists():
+                lock.release()  # somebody was faster by a hair
+                raise _exists(path)
         except OSError as error:
+            _remove_empty(home)
             raise disk_error(path, error) from error
-        writer = cls(
-            path,
-            home,
-            lock,
-            parse_array(document, "weights", DIMENSIONS, path),
-            values,
-            [],
-            [0] * len(labels),
-            sync=sync,
-            replace=replace,
-        )
+        except FarcliError:
+            _remove_empty(home)
+            raise
         try:
+            writer = cls(path, home, lock, weights, values, [], [0] * len(labels), sync=sync, replace=replace)
             writer._write_record()
         except FarcliError:
-            writer._abandon(remove=True)
+            shutil.rmtree(home, ignore_errors=True)
+            lock.release()
             raise
         return writer
 
@@ -588,12 +587,22 @@ def _check_target(path: Path, *, replace: bool) -> bool:
     if disk.is_locked(path / "weights"):
         raise disk.being_written(path, disk.owner(path / "weights"))
     if not replace:
-        raise UsageError(
-            f"{path}: already exists.", hint="Pass --force to replace it, --resume to go on, or choose another -o."
-        )
+        raise _exists(path)
     if not _is_ours(path):
         raise UsageError(f"{path}: exists and is not a trajectory store; it is not replaced.")
     return True
+
+
+def _exists(path: Path) -> UsageError:
+    return UsageError(
+        f"{path}: already exists.", hint="Pass --force to replace it, --resume to go on, or choose another -o."
+    )
+
+
+def _remove_empty(home: Path) -> None:
+    with contextlib.suppress(OSError):
+        (home / "weights").rmdir()
+        home.rmdir()
 
 
 def _is_vacant(path: Path) -> bool:
