@@ -5,25 +5,33 @@ The verbs of the command line are public functions here, imported on first use s
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from farcli.store import Trajectory
+    from farcli.verbs.evaluate import evaluate
+    from farcli.verbs.export import export
+    from farcli.verbs.fit import fit
+    from farcli.verbs.forecast import forecast
+    from farcli.verbs.inspect import inspect
+    from farcli.verbs.record import record
 
 __version__ = "0.1.0"
 
-_VERBS = {
-    "record": "farcli.verbs.record:record",
-    "fit": "farcli.verbs.fit:fit",
-    "forecast": "farcli.verbs.forecast:forecast",
-    "evaluate": "farcli.verbs.evaluate:evaluate",
-    "inspect": "farcli.verbs.inspect:inspect",
-    "export": "farcli.verbs.export:export",
-    "Trajectory": "farcli.store:Trajectory",
-}
-
 __all__ = ["Trajectory", "__version__", "evaluate", "export", "fit", "forecast", "inspect", "record"]
+
+_LAZY = {
+    "Trajectory": "farcli.store",
+    "evaluate": "farcli.verbs.evaluate",
+    "export": "farcli.verbs.export",
+    "fit": "farcli.verbs.fit",
+    "forecast": "farcli.verbs.forecast",
+    "inspect": "farcli.verbs.inspect",
+    "record": "farcli.verbs.record",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _VERBS:
+    if name not in _LAZY:
         raise AttributeError(f"module 'farcli' has no attribute {name!r}")
-    module, attribute = _VERBS[name].split(":")
-    return getattr(import_module(module), attribute)
+    return getattr(import_module(_LAZY[name]), name)

@@ -93,8 +93,9 @@ def main() -> None:
     except Exception as error:
         if verbose:
             raise
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # a usage error of the option parser
-            code = _report(error.format_message(), _usage_hint(error), 2)
+        message = getattr(error, "format_message", None)
+        if callable(message):  # a usage error of the option parser, whose class moves between versions of typer
+            code = _report(str(message()), _usage_hint(error), 2)
         else:
             code = _report(
                 f"{type(error).__name__}: {error}", "This is a bug in farcli. Run again with -vv for details.", 1

@@ -61,7 +61,7 @@ def subcommand(run: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(run)
     def wrapped(ctx: typer.Context, **given: Any) -> None:
-        given.pop("config"), given.pop("verbose")
+        del given["config"], given["verbose"]  # read by their callback and by the program itself
         if given.pop("show_config"):
             print(json.dumps({ctx.info_name: given}, default=str))
             return

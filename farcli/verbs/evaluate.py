@@ -357,11 +357,9 @@ def _rows(
         base = {"step": step, "ahead": step - setting.origin, "runs": len(source.runs), "buffers": stated}
         for index, candidate in enumerate(candidates):
             who = {**base, "method": candidate.label, "role": candidate.role, "in_sample": in_sample[index]}
-            losses = (
-                _losses(found, found.forecast[index], step, setting, measure)
-                if found is not None and measure is not None
-                else dict.fromkeys(_LOSS_KEYS)
-            )
+            losses: dict[str, Any] = dict.fromkeys(_LOSS_KEYS)
+            if found is not None and measure is not None:
+                losses = _losses(found, found.forecast[index], step, setting, measure)
             rows.append({**who, "tensor": None, **sums[index].measures(parameters, layout.parameters, h), **losses})
             if per_tensor:
                 rows += [
@@ -374,11 +372,9 @@ def _rows(
                     for slot in parameters
                 ]
         nobody = {**base, "in_sample": False, "tensor": None}
-        losses = (
-            _losses(found, found.recorded, step, setting, measure)
-            if found is not None and measure is not None
-            else dict.fromkeys(_LOSS_KEYS)
-        )
+        losses = dict.fromkeys(_LOSS_KEYS)
+        if found is not None and measure is not None:
+            losses = _losses(found, found.recorded, step, setting, measure)
         rows.append({**nobody, "method": TRUE, "role": "truth", "mse": 0.0, "skill": 1.0, "cosine": 1.0, **losses})
         if measure is not None and measure.chance is not None:
             weights_keys = dict.fromkeys(("mse", "skill", "cosine"))

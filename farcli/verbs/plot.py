@@ -59,7 +59,7 @@ def plot(rows: Sequence[Mapping[str, Any]], output: Path, *, quantity: str = "lo
             pyplot.close(figure)
 
 
-_LOOK = {
+_LOOK: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -86,7 +86,7 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
     for key in sorted(series, key=lambda k: ("yardstick", "chance", "truth", "forecast").index(k[0])):
         role, method = key
         steps, values = np.array(sorted(series[key])).T
-        if role != "chance" and np.isfinite(kept):  # every forecast starts from the last observed weights
+        if role != "chance" and method != "mean" and np.isfinite(kept):  # these start from the last observed weights
             steps, values = np.insert(steps, 0, origin), np.insert(values, 0, kept)
         if role == "truth":
             axes.plot(steps, values, color="black", lw=2.0, marker="o", ms=3.5, label="true future", zorder=5)
@@ -104,7 +104,7 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
             axes.plot(steps, values, color=colour, lw=1.5, ls=style, label=label, zorder=3)
     if np.isfinite(kept):
         axes.plot([origin], [kept], "o", color="black", ms=6, zorder=7)
-        axes.annotate("$w_n$, last observed", (origin, kept), (4, -6), textcoords="offset points", va="top", fontsize=9)
+        axes.annotate("$w_n$", (origin, kept), (-8, 0), textcoords="offset points", va="center", ha="right")
     positive = bounds[0] > 0
     if quantity != "accuracy" and positive:
         axes.set_yscale("log")
