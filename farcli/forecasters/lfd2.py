@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, final
 
+import torch
 from torch import Tensor
 
 from farcli.errors import UsageError
@@ -19,6 +20,10 @@ from farcli.forecasters.base import (
 )
 from farcli.forecasters.lfd2_dense import DenseMap, GramSums, RowSums, solve_gram, solve_rows, use_rows
 from farcli.forecasters.lfd2_shared import SharedFit, SharedOptions, SquaredSums, WeightedSums
+from farcli.layout import Segment
+
+_TILE = 1 << 18
+"""Numbers a forecast works on at once, so that they are used again from the cache."""
 
 
 @final
@@ -190,18 +195,22 @@ class Lfd2(SolvedForecaster):
             return self._dense.forecast(prefix, rows_H, len(problem.steps_H))
         delta_K3H = require_fitted("lfd2", self._delta_K3H)
         first_BD, last_BD = prefix.weights_BCD[:, 0], prefix.weights_BCD[:, -1]
-        moved_BD = last_BD - first_BD
-        forecast_BHD = last_BD.new_empty((last_BD.shape[0], len(rows_H), last_BD.shape[1]))
-        parts = [(0, slice(None))]
-        if not self.transferable:
-            parts = [(segment.slot, slice(segment.start, segment.stop)) for segment in prefix.segments]
-        for slot, columns in parts:
-            for position, row in enumerate(rows_H):
-                on_first, on_moved, constant = delta_K3H[slot, :, row].tolist()
-                # In float32, displacements summed before w_n is added keep the digits that w_n would round off.
-                ahead_BD = moved_BD[:, columns] * on_moved
-                ahead_BD.add_(first_BD[:, columns], alpha=on_first).add_(constant).add_(last_BD[:, columns])
-                forecast_BHD[:, position, columns] = ahead_BD
+        runs, size = last_BD.shape
+        forecast_BHD = last_BD.new_empty((runs, len(rows_H), size))
+        parts = [Segment(slot=0, start=0, stop=size)] if self.transferable else prefix.segments
+        width = max(1, _TILE // (runs * (len(rows_H) + 3)))
+        for part in parts:
+            map_3H = delta_K3H[part.slot][:, rows_H]
+            # Cast on the CPU: MPS has no float64.
+            linear_BH2 = map_3H[:2].T.to(last_BD.dtype).to(last_BD.device).expand(runs, -1, -1)
+            constant_H1 = map_3H[2, :, None].to(last_BD.dtype).to(last_BD.device)
+            for start in range(part.start, part.stop, width):
+                columns = slice(start, min(start + width, part.stop))
+                last_B1N = last_BD[:, None, columns]
+                basis_B2N = torch.stack([first_BD[:, columns], last_BD[:, columns] - first_BD[:, columns]], dim=1)
+                # w_n comes last: added first, it would round off the digits of small displacements.
+                displaced_BHN = torch.bmm(linear_BH2, basis_B2N).add_(constant_H1)
+                torch.add(displaced_BHN, last_B1N, out=forecast_BHD[..., columns])
         return forecast_BHD
 
     def coefficients(self) -> list[dict[str, str | int | float]]:

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from farcli.config import format_size
 from farcli.errors import ResourceError
+from farcli.forecasters.acceleration import Acceleration
 from farcli.forecasters.base import Prefix, Problem, Sums
 from farcli.forecasters.least_squares import normal_equations, penalised
 from farcli.forecasters.update_growth import decaying, update_growth
 
-_TILE = {"cpu": 1 << 18}
+_TILE = {"cpu": 1 << 19}
 _TILE_ELSEWHERE = 1 << 22
-"""Float64 numbers of one tile: 2 MiB on a CPU, so that what is converted is used again from its cache."""
+"""Float64 numbers of one tile: 4 MiB on a CPU, so that what is converted is used again from its caches."""
 _PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 _SCALE_FLOOR = 1e-3
 """A tensor's scale is at least this part of the scale over all tensors: else those that hardly move, whose
@@ -226,6 +227,7 @@ class SharedFit:
 
     Attributes:
         delta_K3H: coefficients of w_0, w_n − w_0 and 1 in ŵ_h − w_n, in the weights' units.
+        objective: L where the loss is L1, of the best map whose residuals a pass has seen.
         unsettled: whether another pass would improve the solution.
     """
 
@@ -254,7 +256,8 @@ class SharedFit:
         gaps_H = torch.tensor((problem.steps_C[-1], *problem.steps_H), dtype=torch.float64).diff()
         self._gaps_H = gaps_H / gaps_H.mean()
         self._passes = 1
-        self._history: list[float] = []
+        self._path: Acceleration | None = None
+        self.objective = float("nan")
         self.unsettled = options.l1 and self._absolutes > 0 and options.max_passes > 1
 
         gram_KPP, cross_KPH = self._grouped(grams_RSPP.sum(0), 0), self._grouped(cross_SPH, 0)
@@ -270,7 +273,10 @@ class SharedFit:
         return WeightedSums(self._problem, self.delta_K3H, self._scale_S, self._floor_H)
 
     def reweighted(self, sums: WeightedSums) -> "SharedFit":
-        """The fit after one more pass: |r| ≤ r²/(2|r₀|) + |r₀|/2 is minimised, which cannot raise the L1 loss."""
+        """The fit after one more pass: Σ r²/(2|r₀|) + |r₀|/2, which bounds Σ |r| from above, is minimised.
+
+        Such a step cannot raise the L1 loss, but successive ones are slow, so they are accelerated.
+        """
         options = self._options
         assert sums.count == self._problem.runs * self._problem.coordinates, "every run and coordinate comes once"
         index_PP = torch.tensor([[0, 1, 2], [1, 3, 4], [2, 4, 5]])[: self._basis, : self._basis]
@@ -278,26 +284,49 @@ class SharedFit:
         gram_SHPP = sums.gram_SHF[..., index_PP] * unit_SP[:, None, :, None] * unit_SP[:, None, None, :]
         cross_SHP = sums.cross_SHP[..., : self._basis] * (unit_SP / self._scale_S[:, None])[:, None]
         gram_KHPP, cross_KHP = self._grouped(gram_SHPP, 0), self._grouped(cross_SHP, 0)
-        theta_KPH = self._solved(gram_KHPP, cross_KHP[..., None]).squeeze(-1).mT
-        if options.beta:
-            curvature_KHPP = self._penalised(gram_KHPP) / (2 * self._absolutes)
-            theta_KPH = self._decaying(theta_KPH, self._theta_KPH, curvature_KHPP)
-        pooled_1PH = self._solved(gram_SHPP.sum(0), cross_SHP.sum(0)[..., None]).squeeze(-1).mT[None]
+        curvature_KHPP = self._penalised(gram_KHPP) / (2 * self._absolutes)
+        lowest_KPH = self._solved(gram_KHPP, cross_KHP[..., None]).squeeze(-1).mT
 
-        growth = self.growth()
-        objective = float(sums.absolutes_SH.sum()) / self._absolutes + options.beta * growth
+        absolutes_KH = self._grouped(sums.absolutes_SH, 0) / self._absolutes
+        if options.beta:
+            mapped_KPH = self._decaying(lowest_KPH, self._theta_KPH, curvature_KHPP)
+            before, after = (
+                _quadratic(theta_KPH - lowest_KPH, curvature_KHPP).sum() + options.beta * self._growth(theta_KPH)
+                for theta_KPH in (self._theta_KPH, mapped_KPH)
+            )
+            objective, gain = absolutes_KH.sum() + options.beta * self._growth(self._theta_KPH), before - after
+        else:
+            mapped_KPH = lowest_KPH
+            objective, gain = absolutes_KH, _quadratic(self._theta_KPH - lowest_KPH, curvature_KHPP)
+
+        # Horizons and groups are independent problems, but for the regulariser, which ties all into one.
+        shape = mapped_KPH.mT.shape
+        flat = (-1,) if options.beta else shape
+        point, mapped = self._theta_KPH.mT.reshape(flat), mapped_KPH.mT.reshape(flat)
         fit = copy(self)
-        fit._theta_KPH = theta_KPH
-        fit.delta_K3H = fit._in_weights(theta_KPH, pooled_1PH)
         fit._passes = self._passes + 1
-        fit._history = [*self._history, objective]
-        gain = self._history[-1] - objective if self._history else float("inf")
-        fit.unsettled = fit._passes < options.max_passes and gain > options.tolerance * objective
+        fit._path = (
+            self._path.take(point, mapped, objective, gain)
+            if self._path
+            else Acceleration.begin(point, mapped, objective, gain)
+        )
+        fit.objective = float(fit._path.objective.sum())
+        fit.unsettled = fit._passes < options.max_passes and bool(
+            fit._path.gain.sum() > options.tolerance * fit.objective
+        )
+        lengths = curvature_KHPP.diagonal(dim1=-2, dim2=-1).sqrt().reshape(flat)
+        chosen = fit._path.proposal(lengths) if fit.unsettled else fit._path.mapped_P
+        fit._theta_KPH = chosen.reshape(shape).mT
+        pooled_1PH = self._solved(gram_SHPP.sum(0), cross_SHP.sum(0)[..., None]).squeeze(-1).mT[None]
+        fit.delta_K3H = fit._in_weights(fit._theta_KPH, pooled_1PH)
         return fit
 
     def growth(self) -> float:
         """L_grad of the fitted map."""
-        return float(update_growth(self._theta_KPH, self._grams_RKPP, self._gaps_H))
+        return float(self._growth(self._theta_KPH))
+
+    def _growth(self, theta_KPH: Tensor) -> Tensor:
+        return update_growth(theta_KPH, self._grams_RKPP, self._gaps_H)
 
     def _grouped(self, values: Tensor, axis: int) -> Tensor:
         return values if self._options.grouped else values.sum(axis, keepdim=True)
@@ -318,7 +347,12 @@ class SharedFit:
             return theta_K3H.contiguous()
         pooled_13H = torch.nn.functional.pad(pooled_1PH, (0, 0, 0, 3 - self._basis))
         theta_S3H = torch.where(self._seen_S[:, None, None], theta_K3H, pooled_13H)
-        return theta_S3H * torch.stack([torch.ones_like(self._scale_S)] * 2 + [self._scale_S], dim=-1)[..., None]
+        unit_S3 = torch.stack([torch.ones_like(self._scale_S)] * 2 + [self._scale_S], dim=-1)
+        return (theta_S3H * unit_S3[..., None]).contiguous()
+
+
+def _quadratic(theta_KPH: Tensor, gram_KHPP: Tensor) -> Tensor:
+    return torch.einsum("kph,khpq,kqh->kh", theta_KPH, gram_KHPP, theta_KPH)
 
 
 def _scales(products_RSPQ: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import final
 
 from torch import Tensor
 
-from farcli.forecasters.base import Coupling, Forecaster, Prefix
+from farcli.forecasters.base import Coupling, Forecaster, Prefix, require_future
 from farcli.forecasters.combination import combine
 
 
@@ -43,6 +43,11 @@ class LsqLine(Forecaster):
     def min_context(self) -> int:
         """Two snapshots."""
         return 2
+
+    def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
+        """All of them."""
+        require_future("lsq-line", self.min_context, steps_C, ())
+        return tuple(steps_C)
 
     def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """Go on along the line: [B, H, D]."""
