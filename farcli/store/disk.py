@@ -31,12 +31,8 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}{_TEMPORARY}")
 
 
-def write_at(fd: int, pieces: Iterable[Buffer], position: int) -> int:
-    """Write pieces one behind the other from `position`, in calls of at most `WRITE_BYTES`.
-
-    Returns:
-        The position behind the last byte.
-    """
+def write_all(fd: int, pieces: Iterable[Buffer]) -> None:
+    """Write pieces one behind the other, in calls of at most `WRITE_BYTES`."""
     batch: list[memoryview] = []
     size = 0
     for piece in pieces:
@@ -47,20 +43,18 @@ def write_at(fd: int, pieces: Iterable[Buffer], position: int) -> int:
             batch.append(part)
             size += part.nbytes
             if size == WRITE_BYTES or len(batch) == _MOST_PIECES:
-                position = _write_batch(fd, batch, position)
+                _write_batch(fd, batch)
                 batch, size = [], 0
-    return _write_batch(fd, batch, position)
+    _write_batch(fd, batch)
 
 
-def _write_batch(fd: int, batch: list[memoryview], position: int) -> int:
+def _write_batch(fd: int, batch: list[memoryview]) -> None:
     while batch:
-        written = os.pwritev(fd, batch, position)
-        position += written
+        written = os.writev(fd, batch)
         while batch and written >= batch[0].nbytes:
             written -= batch.pop(0).nbytes
         if written:  # the disk is filling up: the next call says so
             batch[0] = batch[0][written:]
-    return position
 
 
 def write_temporary(path: Path, pieces: Iterable[Buffer], *, sync: bool) -> Path:
@@ -74,7 +68,7 @@ def write_temporary(path: Path, pieces: Iterable[Buffer], *, sync: bool) -> Path
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            write_at(fd, pieces, 0)
+            write_all(fd, pieces)
             if sync:
                 os.fsync(fd)
         finally:

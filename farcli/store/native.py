@@ -18,7 +18,7 @@ from crc32c import crc32c
 
 from farcli.errors import DamagedError
 from farcli.files import disk_error
-from farcli.store.disk import Buffer, publish, temporary_name, write_at, write_temporary
+from farcli.store.disk import Buffer, publish, temporary_name, write_all, write_temporary
 from farcli.store.metadata import ArrayMetadata
 
 _CRC = 4
@@ -142,14 +142,15 @@ class NativeArray:
         """Fill buffers from a file, wholly."""
         expected = sum(view.nbytes for view in views)
         try:
-            found = os.preadv(fd, views, offset)
+            os.lseek(fd, offset, os.SEEK_SET)  # the descriptor is ours alone; preadv is not on every Unix
+            found = os.readv(fd, views)
             while found < expected:  # the end of the file, or more than one call can read (2 GiB)
                 rest, skip = [], found
                 for view in views:
                     if skip < view.nbytes:
                         rest.append(view[skip:])
                     skip = max(0, skip - view.nbytes)
-                more = os.preadv(fd, rest, offset + found)
+                more = os.readv(fd, rest)
                 if not more:
                     raise self._damaged(cell, key, f"ends after {offset + found} bytes, expected {offset + expected}")
                 found += more
@@ -265,9 +266,10 @@ class SnapshotFile:
         try:
             fd = os.open(temporary_name(self.path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC * (self._written == 0), 0o666)
             try:
-                position = write_at(fd, self._checked(values.data.cast("B")), position)
+                os.lseek(fd, position, os.SEEK_SET)
+                write_all(fd, self._checked(values.data.cast("B")))
                 if last:
-                    write_at(fd, self._ending(), position)
+                    write_all(fd, self._ending())
                     if self._sync:
                         os.fsync(fd)
             finally:

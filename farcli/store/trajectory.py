@@ -262,7 +262,11 @@ class Trajectory:
         document = read_document(self.path / DOCUMENT, self.path)
         consolidated = (document.get("consolidated_metadata") or {}).get("metadata") or {}
         for name, copy in consolidated.items():
-            own = read_document(self.path / name / DOCUMENT, self.path)
+            try:
+                own = read_document(self.path / name / DOCUMENT, self.path)
+            except DamagedError as error:
+                yield Problem(what=str(error))
+                continue
             if any(own.get(key) != copy.get(key) for key in ("shape", "data_type", "chunk_grid", "codecs")):
                 yield Problem(what=f"{self.path}: {name}/{DOCUMENT} and the copy in {DOCUMENT} differ.")
         for name, labels in (("run", self.runs), ("step", self.steps)):

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -51,6 +53,7 @@ _INTEGER_CHUNK_BYTES = 64 << 10
 _FLUSH_SECONDS = 0.5
 _BUFFER_BYTES = 64 << 20
 """Most bytes of unfilled chunks, or of a sink's columns, held in memory."""
+_CHUNK_NAME = re.compile(r"c\.(\d+)\.(\d+)\.\d+")
 
 
 def choose_chunks(
@@ -251,8 +254,7 @@ class TrajectoryWriter:
         try:
             record = read_record(path, finished=finished)
             weights = record.weights
-            if not weights.native or weights.separator != "." or not _can_grow(weights):
-                raise StoreError(f"{path}: was rewritten since it was recorded (packed or rechunked) and cannot grow.")
+            _check_growth(weights, path)
             values = {key: value for key, value in record.header.values.items() if key != "steps"}
             if planned_steps is not None:
                 values["planned_steps"] = [int(step) for step in planned_steps]
@@ -509,6 +511,7 @@ class TrajectoryWriter:
         path = self._home / "integers" / DOCUMENT
         if path.is_file() and any(self.snapshots):
             metadata = parse_array(read_document(path, self._home), "integers", INTEGER_DIMENSIONS, self.path)
+            _check_growth(metadata, self.path)
             self._integers = _Cells(self._home, "integers", metadata, self, sync=self._fsync)
             self._integers.drop_uncommitted()
             self._integer_steps = metadata.shape[1]
@@ -609,9 +612,12 @@ def _is_vacant(path: Path) -> bool:
     """An empty folder, or what remains of a `create` that was killed before its first record."""
     if not path.is_dir() or path.is_symlink():
         return False
-    found = [entry.relative_to(path).as_posix() for entry in path.rglob("*")]
-    return set(found) <= {"weights", f"weights/{disk.LOCK}", f"weights/{disk.temporary_name(Path(DOCUMENT))}"} and (
-        not disk.is_locked(path / "weights")
+    if not set(os.listdir(path)) <= {"weights"}:
+        return False
+    leftovers = {disk.LOCK, disk.temporary_name(Path(DOCUMENT)).name}
+    weights = path / "weights"
+    return not weights.exists() or (
+        weights.is_dir() and set(os.listdir(weights)) <= leftovers and not disk.is_locked(weights)
     )
 
 
@@ -624,9 +630,11 @@ def _is_ours(path: Path) -> bool:
     return False
 
 
-def _can_grow(metadata: ArrayMetadata) -> bool:
-    one_file_wide = metadata.outer[2] >= metadata.shape[2]
-    return one_file_wide and (not metadata.sharded or metadata.outer[:2] == (1, 1))
+def _check_growth(metadata: ArrayMetadata, path: Path) -> None:
+    """Refuse arrays whose files are not laid out as we write them."""
+    one_file_wide = metadata.outer[2] >= metadata.shape[2] and metadata.separator == "."
+    if not (metadata.native and one_file_wide and (not metadata.sharded or metadata.outer[:2] == (1, 1))):
+        raise StoreError(f"{path}: was rewritten since it was recorded (packed or rechunked) and cannot grow.")
 
 
 class _Cells:
@@ -705,11 +713,13 @@ class _Cells:
     def drop_uncommitted(self) -> None:
         """Remove half-written files and those in which no snapshot counts."""
         disk.remove_temporaries(self.folder)
-        for path in self.folder.glob("c.*"):
-            key = tuple(int(number) for number in path.name.split(".")[1:])
-            first = key[1] * self.metadata.outer[1]
-            if not any(self._written[run] > first for run in self._runs_of((key[0], key[1]))):
-                path.unlink()
+        for path in self.folder.iterdir():
+            found = _CHUNK_NAME.fullmatch(path.name)
+            if found:
+                key = int(found[1]), int(found[2])
+                first = key[1] * self.metadata.outer[1]
+                if not any(self._written[run] > first for run in self._runs_of(key)):
+                    path.unlink()
 
     def _runs_of(self, key: tuple[int, int]) -> range:
         per_chunk = self.metadata.outer[0]
@@ -753,7 +763,10 @@ class ColumnSink:
             return np.empty(shape, dtype)
         try:
             with tempfile.TemporaryFile(dir=self._cells.folder) as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shall be an error, not a SIGBUS
+                if sys.platform == "linux":
+                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk shall be an error, not a SIGBUS
+                else:
+                    file.truncate(size)
                 return np.memmap(file, dtype, "r+", shape=shape)
         except OSError as error:
             raise disk_error(self._path, error) from error

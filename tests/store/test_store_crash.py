@@ -43,11 +43,14 @@ def test_killed_writer_loses_nothing_committed(name: str, tmp_path: Path) -> Non
     seen = 0
     for kill in range(6):
         # "always" commits every append, so that the kill falls into the middle of one.
-        command = [sys.executable, "-c", CHILD, name, str(path), "none" if kill % 2 else "always"]
+        sync = "none" if kill % 2 else "always"
+        command = [sys.executable, "-c", CHILD, name, str(path), sync]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout
             assert child.stdout.readline() == "ready\n"
-            time.sleep(0.05 + 0.013 * kill)
+            while sync == "always" and len(Trajectory.open(path, partial=True).steps) <= seen and child.poll() is None:
+                time.sleep(0.001)
+            time.sleep(0.02 + 0.013 * kill)
             child.kill()
         if (path / "zarr.json").exists():
             break

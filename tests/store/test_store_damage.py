@@ -1,6 +1,7 @@
 """Damaged, foreign and lying stores: one clear error, never wrong numbers."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,12 @@ def test_verify_compares_coordinates_and_copies(tmp_path: Path) -> None:
         "its coordinate 'step' differs from the header.",
         "weights/zarr.json and the copy in zarr.json differ.",
     ]
+
+
+def test_verify_misses_arrays(tmp_path: Path) -> None:
+    path = CASES["tiny lockstep"].write(tmp_path / "a.zarr")
+    shutil.rmtree(path / "integers")
+    assert [p.what for p in Trajectory.open(path).verify()] == [f"{path}: integers/zarr.json is missing."]
 
 
 def test_no_store_at_all(tmp_path: Path) -> None:

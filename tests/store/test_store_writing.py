@@ -113,6 +113,15 @@ def test_store_someone_rewrote_cannot_grow(tmp_path: Path) -> None:
     document.write_text(document.read_text().replace('"separator": "."', '"separator": "/"'))
     with pytest.raises(StoreError, match="was rewritten since it was recorded"):
         TrajectoryWriter.resume(path)
+    path = CASES["tiny one by one"].write(tmp_path / "c.zarr")
+    (path / "weights" / "c.notes.txt").write_text("not ours, left alone")
+    document = path / "integers" / "zarr.json"
+    whole = document.read_text()
+    document.write_text(whole.replace('"little"', '"big"'))
+    with pytest.raises(StoreError, match="was rewritten since it was recorded"):
+        TrajectoryWriter.resume(path)
+    document.write_text(whole)
+    TrajectoryWriter.resume(path).close()
     with pytest.raises(StoreError, match="nothing to resume"):
         TrajectoryWriter.resume(tmp_path / "b.zarr")
 
