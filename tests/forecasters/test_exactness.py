@@ -118,6 +118,24 @@ def test_quadratic_has_its_own_coefficient() -> None:
     torch.testing.assert_close(create("quadratic").forecast(prefix, (175,))[:, 0], expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "observed"),
+    [
+        ("persistence", {}, (9,)),
+        ("linear", {}, (7, 9)),
+        ("linear", {"span": 3}, (4, 9)),
+        ("linear", {"span": 0}, (1, 9)),
+        ("quadratic", {}, (5, 7, 9)),
+        ("quadratic", {"span": 2}, (2, 5, 9)),
+        ("lsq-line", {}, (1, 2, 4, 5, 7, 9)),
+        ("lfd2", {}, (1, 9)),
+        ("mean", {}, (9,)),
+    ],
+)
+def test_observed_snapshots(name: str, options: dict[str, Any], observed: tuple[int, ...]) -> None:
+    assert create(name, **options).observed((1, 2, 4, 5, 7, 9)) == observed
+
+
 def test_lsq_line_is_the_nearest() -> None:
     import numpy as np
 

@@ -30,6 +30,7 @@ def fit(data: Data, name: str, options: dict[str, Any]) -> SolvedForecaster:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_wrong_data_are_named(data: Data, name: str, options: dict[str, Any], value: float) -> None:
     weights_BTD = data.weights_BTD.clone()
+    weights_BTD[0, :, LAYOUT.parameters] = float("nan")  # a buffer: not fitted, not named
     weights_BTD[3, 7, LAYOUT.slice_of("head.weight").start + 12] = value
     with pytest.raises(NonFiniteError, match=rf"run 3 .*'head.weight' holds {value} at step 130, expected finite"):
         fit(replace(data, weights_BTD=weights_BTD), name, options)

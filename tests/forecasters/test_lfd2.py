@@ -58,7 +58,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-cuts = st.lists(st.integers(1, PARAMETERS - 1), max_size=6, unique=True)
+cuts = st.lists(st.integers(1, LAYOUT.size - 1), max_size=6, unique=True)
 groups = st.permutations(range(5)).flatmap(
     lambda order: st.integers(0, 5).map(lambda at: [part for part in (order[:at], order[at:]) if part])
 )
@@ -212,7 +212,7 @@ def test_passes_end(data: Data) -> None:
         config = Lfd2.Config(loss="l1", max_passes=limit)
 
         def report(count: int, taken: int, last: list[int] = last) -> None:
-            assert taken == data.runs * PARAMETERS * 9
+            assert taken == data.runs * LAYOUT.size * 9
             last[0] = count
 
         solve(Lfd2(config), data.problem(), data.passes(), report=report)
@@ -346,7 +346,9 @@ def test_dense_names_the_largest_size(data: Data, runs: int) -> None:
         forecaster.sums(problem)
     largest = int(str(caught.value).rsplit("D = ", 1)[1].rstrip("."))
     assert 0 < largest < 10**6
-    forecaster.sums(replace(problem, coordinates=largest - 1))
+    held = vars(forecaster.sums(replace(problem, coordinates=largest - 1)))
+    # Half is for the data, half for a solution of the same size.
+    assert 0.8 * problem.memory < 2 * sum(t.nbytes for t in held.values() if isinstance(t, Tensor)) <= problem.memory
     with pytest.raises(ResourceError):
         forecaster.sums(replace(problem, coordinates=largest + 2))
 

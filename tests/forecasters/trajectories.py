@@ -63,8 +63,8 @@ class Data:
     def passes(
         self, cuts: Sequence[int] = (), runs: Sequence[Sequence[int]] | None = None
     ) -> Callable[[], Iterable[tuple[Prefix, Tensor]]]:
-        """Blocks cut at columns `cuts` and grouped by `runs`; all parameters of all runs by default."""
-        bounds = sorted({0, *cuts, self.layout.parameters})
+        """Blocks cut at columns `cuts` and grouped by `runs`; buffers are there, though they are not fitted."""
+        bounds = sorted({0, *cuts, self.layout.size})
         groups = runs if runs is not None else [range(self.runs)]
         return lambda: (self.block(group, start, stop) for group in groups for start, stop in pairwise(bounds))
 
