@@ -64,7 +64,7 @@ for _name, _module, _panel in (
     ("workloads", workloads.workloads, "Listings"),
     ("env", env.env, "Listings"),
 ):
-    app.command(_name, rich_help_panel=_panel)(subcommand(_module))
+    app.command(_name, rich_help_panel=_panel)(subcommand(_name, _module))
 
 
 def main() -> None:

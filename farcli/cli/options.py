@@ -56,8 +56,8 @@ def steps_text(texts: list[str] | None) -> str | None:
     return ",".join(texts)
 
 
-def subcommand(run: Callable[..., None]) -> Callable[..., None]:
-    """Add to a subcommand what every one takes: --config, --show-config and -v."""
+def subcommand(name: str, run: Callable[..., None]) -> Callable[..., None]:
+    """Add to a subcommand what every one takes: --config, --show-config, -v, and FARCLI_* variables."""
 
     @wraps(run)
     def wrapped(ctx: typer.Context, **given: Any) -> None:
@@ -71,10 +71,10 @@ def subcommand(run: Callable[..., None]) -> Callable[..., None]:
     shared = {"config": (_Config, None), "show_config": (_ShowConfig, False), "verbose": (_Verbose, 0)}
     parameters = [
         inspect.Parameter("ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
-        *(_with_variables(run.__name__, parameter) for parameter in signature.parameters.values()),
+        *(_with_variables(name, parameter) for parameter in signature.parameters.values()),
         *(
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
-            for name, (annotation, default) in shared.items()
+            inspect.Parameter(word, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
+            for word, (annotation, default) in shared.items()
         ),
     ]
     wrapped.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore[reportAttributeAccessIssue]
@@ -86,14 +86,13 @@ def _with_variables(command: str, parameter: inspect.Parameter) -> inspect.Param
     """Let FARCLI_FIT_MEMORY, or FARCLI_MEMORY for all subcommands, stand for `fit --memory`."""
     plain, *extras = get_args(parameter.annotation) or (parameter.annotation,)
     for index, extra in enumerate(extras):
-        if isinstance(extra, OptionInfo) and extra.param_decls:
-            long = next(name for name in extra.param_decls if name.startswith("--"))
-            name = long.removeprefix("--").replace("-", "_").upper()
+        if isinstance(extra, OptionInfo):
+            # typer takes the first name for a default until it has seen the annotation
+            names = [name for name in (extra.default, *(extra.param_decls or ())) if isinstance(name, str)]
+            name = next(n for n in names if n.startswith("--")).removeprefix("--").replace("-", "_").upper()
             extras[index] = copy(extra)  # shared by several subcommands
-            extras[index].envvar, extras[index].show_envvar = (
-                [f"FARCLI_{command.upper()}_{name}", f"FARCLI_{name}"],
-                False,
-            )
+            extras[index].envvar = [f"FARCLI_{command.upper()}_{name}", f"FARCLI_{name}"]
+            extras[index].show_envvar = False
             return parameter.replace(annotation=Annotated[plain, extras[index]])
     return parameter
 

@@ -45,6 +45,7 @@ def inspect(path: str) -> dict[str, Any]:
 
 def _forecaster(path: str) -> dict[str, Any]:
     from farcli.artefact import load
+    from farcli.forecasters.lfd2 import Lfd2
 
     artefact = load(Path(path))
     forecaster = artefact.forecaster
@@ -61,7 +62,6 @@ def _forecaster(path: str) -> dict[str, Any]:
         "targets": list(artefact.problem.steps_H),
         "provenance": artefact.provenance,
     }
-    rows = getattr(forecaster, "coefficient_rows", None)
-    if rows is not None:
-        row["coefficients"] = rows()
+    if isinstance(forecaster, Lfd2):
+        row["coefficients"] = forecaster.coefficients()
     return row

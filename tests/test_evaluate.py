@@ -1,0 +1,212 @@
+"""`evaluate` against values computed by hand from the stored arrays."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import farcli
+from farcli.errors import CheckFailedError, UsageError
+from farcli.store import Trajectory
+from farcli.training import Network, workload_of
+from farcli.verbs.evaluate import CHANCE, TRUE, YARDSTICKS, check
+
+
+@pytest.fixture(scope="module")
+def truth(small):
+    return Trajectory.open(small / "digits.zarr")
+
+
+@pytest.fixture(scope="module")
+def rows(small):
+    return farcli.evaluate([str(small / "forecast.zarr")], str(small / "digits.zarr"), targets="all")
+
+
+def pick(rows, method, step, tensor=None):
+    [row] = [r for r in rows if r["method"] == method and r["step"] == step and r["tensor"] == tensor]
+    return row
+
+
+def test_every_horizon_has_all_yardsticks_the_truth_and_chance(rows, truth):
+    steps = [step for step in truth.steps if step > 15]
+    for step in steps:
+        methods = [row["method"] for row in rows if row["step"] == step]
+        assert methods == ["lfd2", *YARDSTICKS, TRUE, CHANCE]
+    assert {row["step"] for row in rows} == set(steps)
+    assert len({frozenset(row) for row in rows}) == 1  # the same keys in every row
+
+
+def test_weight_measures_equal_numpy(rows, small, truth):
+    stored = Trajectory.open(small / "forecast.zarr")
+    size = truth.layout.parameters
+    for step in (20, 60):
+        y = truth.read([2, 3], [step], 0, size)[:, 0].astype(np.float64)
+        w = truth.read([2, 3], [15], 0, size)[:, 0].astype(np.float64)
+        f = stored.read([2, 3], [step], 0, size)[:, 0].astype(np.float64)
+        row = pick(rows, "lfd2", step)
+        assert row["mse"] == pytest.approx(((f - y) ** 2).mean(), rel=1e-5)
+        assert row["skill"] == pytest.approx(1 - ((f - y) ** 2).mean() / ((w - y) ** 2).mean(), rel=1e-5)
+        mean = truth.read([0, 1], [step], 0, size)[:, 0].astype(np.float64).mean(0)
+        assert pick(rows, "mean", step)["mse"] == pytest.approx(((mean - y) ** 2).mean(), rel=1e-5)
+        before = truth.read([2, 3], [10], 0, size)[:, 0].astype(np.float64)
+        line = w + (w - before) * (step - 15) / 5
+        assert pick(rows, "linear", step)["mse"] == pytest.approx(((line - y) ** 2).mean(), rel=1e-4)
+        assert pick(rows, "persistence", step)["skill"] == pytest.approx(0, abs=1e-12)
+
+
+def test_losses_are_those_of_the_network_at_the_weights(rows, small, truth):
+    workload = workload_of(truth.header)
+    assert workload is not None
+    network = Network(workload, truth.layout)
+    stored = Trajectory.open(small / "forecast.zarr")
+    for step in (20, 60):
+        for name, source in ((TRUE, truth), ("lfd2", stored)):
+            found = [
+                network.evaluate(
+                    source.read([run], [step])[0, 0], source.integers(run, step), truth.header["seeds"][run]
+                )
+                for run in (2, 3)
+            ]
+            row = pick(rows, name, step)
+            assert row["loss"] == pytest.approx(np.mean([f["loss"] for f in found]), rel=1e-6)
+            assert row["accuracy"] == pytest.approx(np.mean([f["accuracy"] for f in found]), rel=1e-6)
+    assert pick(rows, CHANCE, 20)["loss"] == workload.chance()["loss"]
+
+
+def test_equivalent_steps(rows):
+    for row in rows:
+        if row["method"] == "persistence":
+            assert row["equivalent_steps"] == 0
+            assert row["better"] == 0
+        if row["method"] == TRUE:
+            # The recorded future is worth about the steps it took; the curve is smoothed, so not exactly.
+            assert row["equivalent_steps"] == pytest.approx(row["ahead"], abs=12)
+        if row["equivalent_steps"] is not None:
+            assert row["net_steps"] < row["equivalent_steps"]
+
+
+def test_stored_forecasts_equal_forecasts_made_here(rows, small):
+    again = farcli.evaluate([str(small / "lfd2.safetensors")], str(small / "digits.zarr"), targets="all", runs="2:4")
+    for one, two in zip(rows, again, strict=True):
+        for key, value in one.items():
+            assert two[key] == value or (isinstance(value, float) and math.isnan(value)), key
+
+
+def test_little_memory_changes_nothing(rows, small):
+    again = farcli.evaluate([str(small / "forecast.zarr")], str(small / "digits.zarr"), targets="all", memory=3_000_000)
+    for one, two in zip(rows, again, strict=True):
+        assert two["loss"] == one["loss"]
+        assert two["mse"] == pytest.approx(one["mse"], rel=1e-12, nan_ok=True) if one["mse"] is not None else True
+
+
+def test_per_tensor_rows_add_up_to_the_whole(small, truth):
+    rows = farcli.evaluate([str(small / "forecast.zarr")], str(small / "digits.zarr"), targets="60", per_tensor=True)
+    parts = [row for row in rows if row["method"] == "lfd2" and row["tensor"] is not None]
+    sizes = {slot.name: slot.size for slot in truth.layout.slots if slot.role == "parameter"}
+    assert {row["tensor"] for row in parts} == set(sizes)
+    total = sum(row["mse"] * sizes[row["tensor"]] for row in parts)
+    assert total / truth.layout.parameters == pytest.approx(pick(rows, "lfd2", 60)["mse"], rel=1e-6)
+
+
+def test_runs_that_trained_the_forecaster_are_left_out_or_flagged(small):
+    said = []
+    path, store = str(small / "lfd2.safetensors"), str(small / "digits.zarr")
+    rows = farcli.evaluate([path], store, targets="20", warn=said.append)
+    assert rows[0]["runs"] == 2
+    assert not any(row["in_sample"] for row in rows)
+    assert any("2:4" in text for text in said)
+    rows = farcli.evaluate([path], store, targets="20", runs="all", warn=said.append)
+    assert rows[0]["runs"] == 4
+    assert pick(rows, "lfd2", 20)["in_sample"]
+    assert pick(rows, "mean", 20)["in_sample"]
+    assert not pick(rows, "linear", 20)["in_sample"]
+    assert any("in_sample" in text for text in said)
+
+
+def test_the_mean_is_never_of_evaluated_runs(small):
+    store = str(small / "digits.zarr")
+    with pytest.raises(UsageError, match="also evaluated"):
+        farcli.evaluate(["linear"], store, targets="60", runs="0:2", train_runs="1:3")
+    rows = farcli.evaluate(["linear"], store, targets="60", runs="0:2", train_runs="2:4")
+    assert pick(rows, "mean", 60)["role"] == "yardstick"
+
+
+def test_buffers_are_a_policy_that_is_stated(small):
+    store = str(small / "digits.zarr")
+    kept = farcli.evaluate([str(small / "forecast.zarr")], store, targets="60")
+    taken = farcli.evaluate([str(small / "forecast.zarr")], store, targets="60", buffers="reestimate")
+    assert {row["buffers"] for row in kept} == {"keep"}
+    assert {row["buffers"] for row in taken} == {"reestimate"}
+    assert pick(kept, "lfd2", 60)["mse"] == pick(taken, "lfd2", 60)["mse"]
+    assert pick(kept, "lfd2", 60)["loss"] != pick(taken, "lfd2", 60)["loss"]
+
+
+def test_forecast_buffers(small, tmp_path):
+    for policy in ("keep", "forecast"):
+        farcli.forecast("linear", str(small / "digits.zarr"), tmp_path / policy, runs="2", targets="25", buffers=policy)
+    truth = Trajectory.open(small / "digits.zarr")
+    keep, ahead = (Trajectory.open(tmp_path / policy) for policy in ("keep", "forecast"))
+    size = truth.layout.parameters
+    start = keep.header["forecast"]["from"]
+    np.testing.assert_array_equal(keep.read([2], keep.steps[:1])[0, 0, size:], truth.read([2], [start])[0, 0, size:])
+    np.testing.assert_array_equal(
+        keep.read([2], keep.steps[:1])[0, 0, :size], ahead.read([2], ahead.steps[:1])[0, 0, :size]
+    )
+    assert (ahead.read([2], ahead.steps[:1])[0, 0, size:] != truth.read([2], [start])[0, 0, size:]).any()
+    np.testing.assert_array_equal(keep.integers(2, keep.steps[0]), truth.integers(2, start))
+
+
+def constant_loss(state):
+    assert state["0.weight"].shape == (8, 1, 3, 3)
+    assert state["1.num_batches_tracked"].dtype == torch.int64
+    return float(state["9.bias"].abs().sum())
+
+
+def test_a_loss_of_the_users_own(small):
+    rows = farcli.evaluate(
+        ["linear"], str(small / "digits.zarr"), targets="60", loss="tests.test_evaluate:constant_loss"
+    )
+    truth = Trajectory.open(small / "digits.zarr")
+    place = truth.layout.slice_of("9.bias")
+    expected = np.abs(truth.read(truth.runs, [60])[:, 0, place]).sum(1).mean()
+    assert pick(rows, TRUE, 60)["loss"] == pytest.approx(expected, rel=1e-6)
+    assert CHANCE not in {row["method"] for row in rows}  # nobody knows it here
+    with pytest.raises(UsageError, match="no 'nothing'"):
+        farcli.evaluate(["linear"], str(small / "digits.zarr"), loss="tests.test_evaluate:nothing")
+
+
+def test_limits(rows):
+    check(rows, ["mse=1e9", "loss=1e9"])
+    with pytest.raises(CheckFailedError, match="lfd2 at step"):
+        check(rows, ["mse=0"])
+    with pytest.raises(UsageError, match="expected one of"):
+        check(rows, ["mss=1"])
+
+
+def test_lockstep_runs_are_judged_on_their_own_task(small):
+    rows = farcli.evaluate(["persistence"], str(small / "linreg.zarr"), targets="20", context=5)
+    truth = Trajectory.open(small / "linreg.zarr")
+    workload = workload_of(truth.header)
+    assert workload is not None
+    network = Network(workload, truth.layout)
+    found = [
+        network.evaluate(truth.read([run], [20])[0, 0], None, seed)["loss"]
+        for run, seed in zip(truth.runs, truth.header["seeds"], strict=True)
+    ]
+    assert pick(rows, TRUE, 20)["loss"] == pytest.approx(np.mean(found), rel=1e-6)
+    assert pick(rows, TRUE, 20)["loss"] < pick(rows, "persistence", 20)["loss"]
+
+
+def test_rows_survive_json(rows):
+    from farcli.cli.output import plain
+
+    for row in rows:
+        again = json.loads(json.dumps(plain(row), allow_nan=False))
+        for key, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                assert again[key] is None
+                assert key in again["non_finite"]
+            else:
+                assert again[key] == value

@@ -1,0 +1,133 @@
+import numpy as np
+import pytest
+import torch
+
+from farcli.errors import NonFiniteError, ResourceError, UsageError
+from farcli.forecasters.base import Coupling
+from farcli.layout import layout_of
+from farcli.store import Trajectory, TrajectoryWriter
+from farcli.stream import Source, Stream, open_sources, require_finite, resolve_device
+
+STEPS = [0, 10, 20, 30]
+
+
+def written(path, runs, size, *, seed=0, chunk=None):
+    """A store of random weights, and what it holds."""
+    layout = layout_of(
+        [("a", (size // 3,), "float32", "parameter"), ("b", (size - size // 3,), "float32", "parameter")]
+    )
+    values = np.random.default_rng(seed).standard_normal((len(runs), len(STEPS), size)).astype(np.float32)
+    with TrajectoryWriter.create(path, layout, runs, planned_steps=STEPS, lockstep=True, chunk=chunk) as writer:
+        for index, step in enumerate(STEPS):
+            writer.append(step, values[:, index])
+        writer.finish()
+    return Trajectory.open(path), values
+
+
+@pytest.fixture(params=[None, (1, 1, 8)], ids=["plain", "sharded"])
+def store(request, tmp_path):
+    return written(tmp_path / "run.zarr", [3, 5, 7], 50, chunk=request.param)
+
+
+def gathered(stream, sources):
+    """Every block put back in its place: {(source, run): [steps, D]}; nothing may come twice."""
+    rows = len(stream.steps_C) + len(stream.steps_H)
+    found = {(i, run): np.full((rows, stream.coordinates), np.nan) for i, s in enumerate(sources) for run in s.runs}
+    positions = {}
+    for block in stream:
+        both = torch.cat([block.prefix.weights_BCD, block.truth_BHD], dim=1).numpy()
+        for b, run in enumerate(block.runs):
+            place = found[block.source, run][:, block.prefix.start : block.stop]
+            assert np.isnan(place).all()
+            place[:] = both[b]
+            positions[block.source, run] = block.prefix.runs_B[b]
+    assert sorted(positions.values()) == list(range(stream.runs))
+    return found
+
+
+@pytest.mark.parametrize("coupling", list(Coupling))
+@pytest.mark.parametrize("memory", [1_100, 3_000, 10_000_000])
+def test_blocks_are_what_was_stored_whatever_the_memory(store, tmp_path, coupling, memory):
+    trajectory, values = store
+    other, more = written(tmp_path / "other.zarr", [0, 1], 50, seed=1)
+    sources = [Source(trajectory=trajectory, runs=(7, 3)), Source(trajectory=other, runs=(1,))]
+    arguments = {"coupling": coupling, "steps_C": (0, 20), "steps_H": (30,), "memory": memory}
+    if memory == 1_100 and (coupling is Coupling.JOINT or trajectory.column_chunk == 50):
+        with pytest.raises(ResourceError, match="too small"):
+            Stream(sources, **arguments)
+        return
+    if memory == 1_100:
+        sources = sources[:1]
+    stream = Stream(sources, **arguments)
+    assert all(plan.bytes <= memory for plan in stream.plans)
+    found = gathered(stream, sources)
+    rows = [0, 2, 3]
+    np.testing.assert_array_equal(found[0, 7], values[2, rows])
+    np.testing.assert_array_equal(found[0, 3], values[0, rows])
+    if len(sources) > 1:
+        np.testing.assert_array_equal(found[1, 1], more[1, rows])
+
+
+def test_only_the_first_coordinates_when_asked(store):
+    trajectory, values = store
+    sources = [Source(trajectory=trajectory, runs=(5,))]
+    stream = Stream(sources, coupling=Coupling.COORDINATEWISE, steps_C=(10,), coordinates=17)
+    assert stream.bytes == 17 * 4
+    np.testing.assert_array_equal(gathered(stream, sources)[0, 5], values[1, [1], :17])
+
+
+def test_segments_name_the_tensors_of_a_block(store):
+    trajectory, _ = store
+    sources = [Source(trajectory=trajectory, runs=(3,))]
+    for block in Stream(sources, coupling=Coupling.COORDINATEWISE, steps_C=(0,), memory=700):
+        for segment in block.prefix.segments:
+            slot = trajectory.layout.floats[segment.slot]
+            assert slot.offset <= block.prefix.start + segment.start
+            assert block.prefix.start + segment.stop <= slot.stop
+
+
+def test_dtype_is_a_choice(store):
+    trajectory, values = store
+    source = Source(trajectory=trajectory, runs=(3,))
+    [block] = Stream([source], coupling=Coupling.JOINT, steps_C=(0,), dtype=torch.float64)
+    assert block.prefix.weights_BCD.dtype == torch.float64
+    np.testing.assert_array_equal(block.prefix.weights_BCD[0, 0].numpy(), values[0, 0].astype(np.float64))
+
+
+def test_steps_runs_and_sizes_that_do_not_fit(store, tmp_path):
+    trajectory, _ = store
+    wide, _ = written(tmp_path / "wide.zarr", [0], 51)
+    source = Source(trajectory=trajectory, runs=(3,))
+    with pytest.raises(UsageError, match="step 15 is not recorded"):
+        Stream([source], coupling=Coupling.JOINT, steps_C=(15,))
+    with pytest.raises(UsageError, match="no run 4"):
+        Stream([Source(trajectory=trajectory, runs=(4,))], coupling=Coupling.JOINT, steps_C=(0,))
+    with pytest.raises(UsageError, match="same network"):
+        Stream([Source(trajectory=wide, runs=(0,)), source], coupling=Coupling.JOINT, steps_C=(0,))
+
+
+def test_what_is_not_finite_is_named(tmp_path):
+    layout = layout_of([("a", (2,), "float32", "parameter"), ("b", (2,), "float32", "parameter")])
+    values = np.zeros((2, 4), np.float32)
+    values[1, 2] = np.inf
+    with TrajectoryWriter.create(tmp_path / "bad.zarr", layout, [0, 1], lockstep=True) as writer:
+        writer.append(0, values)
+        writer.finish()
+    [source] = open_sources([str(tmp_path / "bad.zarr")], None)
+    [block] = Stream([source], coupling=Coupling.JOINT, steps_C=(0,))
+    with pytest.raises(NonFiniteError, match=r"bad\.zarr: run 1, step 0: tensor 'b' holds inf"):
+        require_finite(block.prefix.weights_BCD, block, source.trajectory.path, (0,))
+
+
+def test_large_finite_weights_are_finite(store):
+    trajectory, _ = store
+    source = Source(trajectory=trajectory, runs=(3,))
+    [block] = Stream([source], coupling=Coupling.JOINT, steps_C=(0,))
+    require_finite(torch.full((1, 1, 50), 3e38), block, "x", (0,))  # their sum overflows
+
+
+def test_devices():
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    with pytest.raises(UsageError, match="abacus"):
+        resolve_device("abacus")
