@@ -180,9 +180,9 @@ class Lfd2(SolvedForecaster):
         return self._fit is not None and self._fit.unsettled
 
     @property
-    def update_growth(self) -> float:
-        """L_grad of the map just fitted, over the training runs; 0 for one read from a file."""
-        return self._fit.growth() if self._fit else 0.0
+    def update_growth(self) -> float | None:
+        """L_grad of the shared map just fitted, over the training runs; None where it was not computed."""
+        return self._fit.growth() if self._fit else None
 
     def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """Apply the map: [B, H, D]."""

@@ -42,9 +42,9 @@ def use_rows(problem: Problem) -> bool:
 
 
 def _columns(prefix: Prefix, size: int) -> tuple[Tensor, Tensor]:
-    """Basis [B, X] and last weights [B, D] in float64, on the CPU: whole vectors of limited D."""
-    first_BD = prefix.weights_BCD[:, 0, :size].to("cpu", torch.float64)
-    last_BD = prefix.weights_BCD[:, -1, :size].to("cpu", torch.float64)
+    """Basis [B, X] and last weights [B, D] in float64, on the CPU (whole vectors of limited D; MPS has no float64)."""
+    first_BD = prefix.weights_BCD[:, 0, :size].cpu().double()
+    last_BD = prefix.weights_BCD[:, -1, :size].cpu().double()
     return torch.cat([first_BD, last_BD - first_BD], dim=-1), last_BD
 
 
@@ -63,7 +63,7 @@ class RowSums(Sums):
         size, runs_B = self.basis_RX.shape[1] // 2, list(prefix.runs_B)
         basis_BX, last_BD = _columns(prefix, size)
         self.basis_RX[runs_B] = basis_BX
-        displaced_BHD = truth_BHD[..., :size].to("cpu", torch.float64) - last_BD[:, None]
+        displaced_BHD = truth_BHD[..., :size].cpu().double() - last_BD[:, None]
         self.targets_RY[runs_B] = displaced_BHD.flatten(1)
         self.seen += len(runs_B)
 
@@ -94,7 +94,7 @@ class GramSums(Sums):
         size = self.gram_PP.shape[0] // 2
         basis_BX, last_BD = _columns(prefix, size)
         basis_BP = torch.cat([basis_BX, torch.ones_like(basis_BX[:, :1])], dim=-1)
-        displaced_BHD = truth_BHD[..., :size].to("cpu", torch.float64) - last_BD[:, None]
+        displaced_BHD = truth_BHD[..., :size].cpu().double() - last_BD[:, None]
         self.gram_PP.addmm_(basis_BP.T, basis_BP)
         self.cross_PY.addmm_(basis_BP.T, displaced_BHD.flatten(1))
         self.seen += len(prefix.runs_B)
