@@ -323,8 +323,7 @@ def _mean(named: Sequence[Candidate], setting: Setting, train_runs: str | None, 
         memory=setting.memory // 2,
     )
     try:
-        blocks = lambda: ((block.prefix, block.truth_BHD) for block in stream)  # noqa: E731 - two words, used once
-        forecaster = solve(Mean(Mean.Config()), problem, blocks, report=None)
+        forecaster = solve(Mean(Mean.Config()), problem, lambda: ((b.prefix, b.truth_BHD) for b in stream), report=None)
     except ResourceError as error:
         warn(f"the train mean is left out: {error}")
         return None
