@@ -1,4 +1,4 @@
-"""Every way a forecaster is fitted. So far: solved from sums, in as many passes over the data as it takes."""
+"""Every way a forecaster is fitted: solved from sums, in as many passes over the data as it takes."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar

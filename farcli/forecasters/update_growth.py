@@ -8,6 +8,8 @@ regularised fit is then a small optimisation that never sees the data again.
 Shape suffixes: R runs, K groups of coordinates, P basis columns, H horizons.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,7 @@ def decaying(
     return point(best)
 
 
-def _descend(phi: Tensor, objective) -> None:
+def _descend(phi: Tensor, objective: Callable[[Tensor], Tensor]) -> None:
     optimizer = torch.optim.LBFGS(
         [phi],
         max_iter=100,
