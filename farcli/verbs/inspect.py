@@ -45,7 +45,7 @@ def inspect(path: str) -> dict[str, Any]:
 
 def _forecaster(path: str) -> dict[str, Any]:
     from farcli.artefact import load
-    from farcli.forecasters.lfd2 import Lfd2
+    from farcli.forecasters.base import FittedForecaster
 
     artefact = load(Path(path))
     forecaster = artefact.forecaster
@@ -62,6 +62,6 @@ def _forecaster(path: str) -> dict[str, Any]:
         "targets": list(artefact.problem.steps_H),
         "provenance": artefact.provenance,
     }
-    if isinstance(forecaster, Lfd2):
+    if isinstance(forecaster, FittedForecaster):
         row["coefficients"] = forecaster.coefficients()
     return row
