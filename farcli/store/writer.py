@@ -291,6 +291,11 @@ class TrajectoryWriter:
         return self._header
 
     @property
+    def home(self) -> Path:
+        """The folder that holds the store while it is written: `path`, or the hidden one where it is staged."""
+        return self._home
+
+    @property
     def _arrays(self) -> "list[_Cells]":
         return [self._weights] if self._integers is None else [self._integers, self._weights]
 
@@ -360,6 +365,27 @@ class TrajectoryWriter:
                 self._commit()
         finally:
             sink.discard()
+
+    def rewind(self, count: int) -> None:
+        """Forget every run's snapshots behind the first `count`; a finished store becomes an unfinished one.
+
+        For a training that goes on from an earlier step than was recorded.
+
+        Raises:
+            ResourceError: no space left.
+        """
+        assert self._open
+        if count >= len(self.steps):
+            return
+        if self._dirty:
+            self._commit()
+        if self._finished:
+            self._reopen()
+        self.steps = self.steps[:count]
+        self.snapshots = [min(snapshots, count) for snapshots in self.snapshots]
+        self._write_record()  # first what counts, then the files: a killed process leaves a whole store
+        for array in self._arrays:
+            array.rewind(self.snapshots)
 
     def finish(self) -> None:
         """Commit everything, write the coordinates and then the completion marker, and close.
@@ -709,6 +735,12 @@ class _Cells:
         while self._files:
             self._files.pop().discard()
         self._written = list(snapshots)
+
+    def rewind(self, snapshots: Sequence[int]) -> None:
+        """Drop the snapshots beyond these counts, which were committed."""
+        self._written = list(snapshots)
+        self._chunks.clear()  # read again as far as they still count
+        self.drop_uncommitted()
 
     def drop_uncommitted(self) -> None:
         """Remove half-written files and those in which no snapshot counts."""
