@@ -11,7 +11,7 @@ import farcli
 from farcli.errors import CheckFailedError, UsageError
 from farcli.store import Trajectory
 from farcli.training import Network, workload_of
-from farcli.verbs.evaluate import CHANCE, TRUE, YARDSTICKS, check
+from farcli.verbs.evaluate import CHANCE, TRUE, YARDSTICKS, check, parse_limits
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +178,12 @@ def test_a_loss_of_the_users_own(small):
 
 
 def test_limits(rows):
-    check(rows, ["mse=1e9", "loss=1e9"])
+    check(rows, parse_limits(["mse=1e9", "loss=1e9"]))
     with pytest.raises(CheckFailedError, match="lfd2 at step"):
-        check(rows, ["mse=0"])
-    with pytest.raises(UsageError, match="expected one of"):
-        check(rows, ["mss=1"])
+        check(rows, parse_limits(["mse=0"]))
+    for text, message in (("mss=1", "expected one of"), ("mse", "key=number"), ("mse=low", "key=number")):
+        with pytest.raises(UsageError, match=message):
+            parse_limits([text])
 
 
 def test_lockstep_runs_are_judged_on_their_own_task(small):

@@ -76,8 +76,9 @@ def evaluate(
     Example: farcli eval forecast.zarr runs/digits.zarr
     """
     from farcli.cli.output import chosen_format, emit
-    from farcli.verbs.evaluate import check
+    from farcli.verbs.evaluate import check, parse_limits
 
+    bounds = parse_limits(limits or [])
     rows = evaluated(
         inputs,
         quiet,
@@ -102,7 +103,7 @@ def evaluate(
         emit(shown, columns, form=format, title=_title(inputs, rows), notes=_notes(rows), rule_before=rules)
     else:
         emit(rows, form=format)
-    check(rows, limits or [])
+    check(rows, bounds)
 
 
 def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, memory: str, **rest: object) -> list:

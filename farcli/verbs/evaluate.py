@@ -404,25 +404,35 @@ def _losses(found: HeldOut, results: Results, step: int, setting: Setting, measu
     }
 
 
-def check(rows: Sequence[Mapping[str, Any]], limits: Sequence[str]) -> None:
-    """Hold the forecasts' rows against limits like "mse=0.05".
+def parse_limits(texts: Sequence[str]) -> dict[str, float]:
+    """Limits like "mse=0.05", by key.
 
     Raises:
-        UsageError: a limit is not key=number of a key there is.
+        UsageError: a text is not key=number, or rows have no such number.
+    """
+    limits = {}
+    for text in texts:
+        key, _, number = text.partition("=")
+        try:
+            limits[key] = float(number)
+        except ValueError:
+            raise UsageError(f"--max {text!r}: expected key=number, for example mse=0.05.") from None
+        if key not in _LIMITED:
+            raise UsageError(f"--max {text!r}: expected one of {', '.join(_LIMITED)}.")
+    return limits
+
+
+def check(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> None:
+    """Hold the forecasts' rows against limits.
+
+    Raises:
         CheckFailedError: a row is over a limit, or holds no number to compare.
     """
-    for limit in limits:
-        key, _, text = limit.partition("=")
-        try:
-            bound = float(text)
-        except ValueError:
-            raise UsageError(f"--max {limit!r}: expected key=number, for example mse=0.05.") from None
-        if key not in _LIMITED:
-            raise UsageError(f"--max {limit!r}: expected one of {', '.join(_LIMITED)}.")
-        judged = [row for row in rows if row["role"] == "forecast" and row["tensor"] is None]
+    judged = [row for row in rows if row["role"] == "forecast" and row["tensor"] is None]
+    for key, bound in limits.items():
         for row in judged:
             value = row.get(key)
             if value is None or not value <= bound:
                 raise CheckFailedError(
-                    f"--max {limit}: {row['method']} at step {row['step']} has {key} = {value}, over the limit."
+                    f"--max {key}={bound:g}: {row['method']} at step {row['step']} has {key} = {value}, over the limit."
                 )
