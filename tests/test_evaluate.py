@@ -143,6 +143,22 @@ def test_buffers_are_a_policy_that_is_stated(small):
     assert pick(kept, "lfd2", 60)["loss"] != pick(taken, "lfd2", 60)["loss"]
 
 
+def test_networks_without_buffers_have_no_policy(small):
+    rows = farcli.evaluate(["linear"], str(small / "linreg.zarr"), targets="20")
+    assert {row["buffers"] for row in rows} == {None}
+
+
+def test_forecasts_of_one_method_are_told_apart(small, tmp_path):
+    for name, options in (("plain", {}), ("grouped", {"groups": "tensor"})):
+        farcli.fit(
+            "lfd2", [str(small / "digits.zarr")], tmp_path / f"{name}.safetensors", train_runs="0:2", options=options
+        )
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("plain", "grouped")]
+    rows = farcli.evaluate(files, str(small / "digits.zarr"), targets="60")
+    assert [row["method"] for row in rows[:2]] == ["lfd2 (plain)", "lfd2 (grouped)"]
+    assert rows[0]["mse"] != rows[1]["mse"]
+
+
 def test_forecast_buffers(small, tmp_path):
     for policy in ("keep", "forecast"):
         farcli.forecast("linear", str(small / "digits.zarr"), tmp_path / policy, runs="2", targets="25", buffers=policy)

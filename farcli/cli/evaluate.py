@@ -34,6 +34,12 @@ COLUMNS = (
     Column(key="better", heading="better", form=".0%"),
 )
 
+_POLICIES = {
+    "keep": "kept as last observed",
+    "forecast": "forecast like weights",
+    "reestimate": "taken anew from training data",
+}
+
 Inputs = Annotated[
     list[str],
     typer.Argument(
@@ -152,20 +158,17 @@ def worth(row: dict) -> str | None:
 
 def _title(inputs: list[str], rows: list[dict]) -> str:
     origin = rows[0]["step"] - rows[0]["ahead"]
-    return f"{', '.join(inputs[:-1])} against {inputs[-1]}: {rows[0]['runs']} runs, forecast from step {origin}"
+    what = inputs[0] if len(inputs) == 2 else f"{len(inputs) - 1} forecasts"
+    return f"{what} against {inputs[-1]}: {rows[0]['runs']} runs, forecast from step {origin}"
 
 
 def _notes(rows: list[dict]) -> list[str]:
-    buffers = {
-        "keep": "kept as last observed",
-        "forecast": "forecast like weights",
-        "reestimate": "taken anew from training data",
-    }[rows[0]["buffers"]]
     notes = [
         "skill: 1 − mse / mse of persistence · worth: training steps of the recorded run that bring the same",
         "held-out loss, against keeping the last observed weights (median over runs) · better: runs that do better so.",
-        f"BatchNorm statistics: {buffers}.",
     ]
+    if rows[0]["buffers"] is not None:
+        notes.append(f"BatchNorm statistics: {_POLICIES[rows[0]['buffers']]}.")
     cost = next((r["equivalent_steps"] - r["net_steps"] for r in rows if r.get("net_steps") is not None), None)
     if cost is not None:
         notes.append(f"Checking one forecast on the held-out data costs {cost:.1f} steps (net_steps takes them off).")

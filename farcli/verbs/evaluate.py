@@ -5,6 +5,7 @@ line, all measured the same way.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +105,13 @@ def evaluate(
         FarcliError: see the exit codes.
     """
     truth = Trajectory.open(store, partial=partial)
-    named = [
-        _stored(text, truth) if is_store(text) else _named(text, truth, start, context, options, transfer)
-        for text in forecasts
-    ]
+    named = _distinct(
+        [
+            _stored(text, truth) if is_store(text) else _named(text, truth, start, context, options, transfer)
+            for text in forecasts
+        ],
+        forecasts,
+    )
     prefix, policy = _common_start(named, truth)
     setting = Setting(
         source=Source(trajectory=truth, runs=tuple(_choose_runs(named, truth, runs, warn))),
@@ -165,6 +169,17 @@ def _named(
         Trajectory.open(text)  # not a store of ours: says what is wrong with it
     method = resolve_method(text, truth, start=start, context=context, options=options, transfer=transfer)
     return Candidate(label=method.label, role="forecast", method=method, stored=None, training=method.training)
+
+
+def _distinct(named: Sequence[Candidate], texts: Sequence[str]) -> list[Candidate]:
+    """Candidates of the same method are told apart by their file: "lfd2 (dense)"."""
+    labels = [candidate.label for candidate in named]
+    return [
+        replace(candidate, label=f"{candidate.label} ({Path(text).stem})")
+        if labels.count(candidate.label) > 1
+        else candidate
+        for candidate, text in zip(named, texts, strict=True)
+    ]
 
 
 def _common_start(named: Sequence[Candidate], truth: Trajectory) -> tuple[tuple[int, ...], Buffers]:
@@ -350,6 +365,8 @@ def _rows(
     layout, source = setting.truth.layout, setting.source
     parameters = [index for index, slot in enumerate(layout.floats) if slot.role == "parameter"]
     stated = "reestimate" if setting.buffers == "reestimate" else setting.policy
+    if layout.size == layout.parameters:
+        stated = None  # the network has none
     in_sample = [bool(set(overlap(candidate.training, setting.truth)) & set(source.runs)) for candidate in candidates]
     rows: list[dict[str, Any]] = []
     for h, step in enumerate(setting.steps_H):

@@ -59,6 +59,9 @@ def plot(rows: Sequence[Mapping[str, Any]], output: Path, *, quantity: str = "lo
             pyplot.close(figure)
 
 
+_MARKED = 40
+"""Horizons up to which each is marked with a dot."""
+
 _LOOK: Any = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -82,29 +85,31 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
     if quantity == "mse":
         kept = float("nan")
     colours = iter(_COLOURS * 4)
-    seen_forecasts = [key for key in series if key[0] == "forecast"]
+    crowded = len({row["step"] for row in rows}) > _MARKED
+
+    def dot(shape: str) -> str:
+        return "" if crowded else shape
+
     for key in sorted(series, key=lambda k: ("yardstick", "chance", "truth", "forecast").index(k[0])):
         role, method = key
         steps, values = np.array(sorted(series[key])).T
         if role != "chance" and method != "mean" and np.isfinite(kept):  # these start from the last observed weights
             steps, values = np.insert(steps, 0, origin), np.insert(values, 0, kept)
         if role == "truth":
-            axes.plot(steps, values, color="black", lw=2.0, marker="o", ms=3.5, label="true future", zorder=5)
+            axes.plot(steps, values, color="black", lw=1.4, marker=dot("o"), ms=3, label="true future", zorder=7)
         elif role == "chance":
             if np.isfinite(values[0]) and values[0] <= bounds[1] * 1.05:
                 axes.axhline(values[0], color="#c0c0c0", lw=1.2, ls=(0, (6, 3)))
                 axes.annotate("chance", (steps[-1], values[0]), va="bottom", ha="right", color="#9a9a9a", fontsize=9)
         elif role == "forecast":
             colour = next(colours)
-            number = seen_forecasts.index(key) + 1
-            label = method if [k[1] for k in seen_forecasts].count(method) == 1 else f"{method} ({number})"
-            axes.plot(steps, values, color=colour, lw=2.4, marker="s", ms=4.5, label=label, zorder=6)
+            axes.plot(steps, values, color=colour, lw=2.6, marker=dot("s"), ms=4.5, label=method, zorder=6)
         else:
             colour, style, label = _STYLE.get(method, ("#59a14f", "-.", method))
             axes.plot(steps, values, color=colour, lw=1.5, ls=style, label=label, zorder=3)
     if np.isfinite(kept):
         axes.plot([origin], [kept], "o", color="black", ms=6, zorder=7)
-        axes.annotate("$w_n$", (origin, kept), (-8, 0), textcoords="offset points", va="center", ha="right")
+        axes.annotate("$w_n$", (origin, kept), (0, 7), textcoords="offset points", ha="center")
     positive = bounds[0] > 0
     if quantity != "accuracy" and positive:
         axes.set_yscale("log")
