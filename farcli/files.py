@@ -21,6 +21,18 @@ def refuse_existing(path: Path, replace: bool) -> None:
         raise UsageError(f"{path}: {path.parent} is not a folder.")
 
 
+def check_outcome(path: Path, *, replace: bool, resume: bool) -> None:
+    """Check, before any work, that `--force` and `--resume` say what may happen to an existing output.
+
+    Raises:
+        UsageError: both are given, or neither and it exists.
+    """
+    if replace and resume:
+        raise UsageError("--force and --resume contradict each other: choose one.")
+    if not resume:
+        refuse_existing(path, replace)
+
+
 def disk_error(path: object, error: OSError) -> FarcliError:
     """What the user is told when the system refuses a write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

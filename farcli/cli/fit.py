@@ -6,6 +6,7 @@ import typer
 
 from farcli.cli.options import (
     Device,
+    DryRun,
     Force,
     FormatOption,
     From,
@@ -13,6 +14,7 @@ from farcli.cli.options import (
     Output,
     Partial,
     Quiet,
+    Resume,
     Settings,
     To,
     complete_methods,
@@ -34,6 +36,8 @@ def fit(
     memory: Memory = "2G",
     partial: Partial = False,
     force: Force = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
     format: FormatOption = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -60,6 +64,8 @@ def fit(
             device=device,
             memory=parse_size(memory),
             replace=force,
+            resume=resume,
+            dry_run=dry_run,
             partial=partial,
             report=report,
         )

@@ -7,6 +7,7 @@ import typer
 from farcli.cli.options import (
     Context,
     Device,
+    DryRun,
     Force,
     FormatOption,
     From,
@@ -14,6 +15,7 @@ from farcli.cli.options import (
     Output,
     Partial,
     Quiet,
+    Resume,
     Runs,
     Settings,
     To,
@@ -46,6 +48,8 @@ def forecast(
     memory: Memory = "2G",
     partial: Partial = False,
     force: Force = False,
+    resume: Resume = False,
+    dry_run: DryRun = False,
     format: FormatOption = "auto",
     quiet: Quiet = False,
 ) -> None:
@@ -73,6 +77,8 @@ def forecast(
             device=device,
             memory=parse_size(memory),
             replace=force,
+            resume=resume,
+            dry_run=dry_run,
             partial=partial,
             report=report,
         )

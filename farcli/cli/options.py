@@ -18,6 +18,10 @@ from farcli.registry import unknown
 
 Output = Annotated[Path, typer.Option("-o", "--output", help="Where to write; must not exist yet.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output, atomically.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Do nothing where the output is there already and is what was asked for.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be made and its size; write nothing.")]
 FormatOption = Annotated[
     Format, typer.Option("--format", help="table on a terminal, ndjson in a pipe, unless said otherwise.")
 ]

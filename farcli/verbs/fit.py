@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from farcli.artefact import Artefact, build, save
+from farcli.artefact import Artefact, build, load, save
 from farcli.errors import UsageError
-from farcli.files import refuse_existing
+from farcli.files import check_outcome
 from farcli.fitting import solve
-from farcli.forecasters.base import Prefix, Problem, SolvedForecaster
+from farcli.forecasters.base import Forecaster, Prefix, Problem, SolvedForecaster
 from farcli.forecasting import TrainingData, check_context, choose_context, choose_targets
 from farcli.provenance import provenance
 from farcli.stream import Source, Stream, open_sources, require_finite, resolve_device
@@ -31,6 +31,8 @@ def fit(
     device: str = "auto",
     memory: int = 2_000_000_000,
     replace: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
     partial: bool = False,
     report: Callable[[float, float, str], None] = lambda done, total, text: None,
 ) -> dict[str, Any]:
@@ -49,16 +51,18 @@ def fit(
         device: where to compute.
         memory: bytes that the data and the method's own state may take.
         replace: replace an existing file.
+        resume: where this very fit exists already, do nothing and return its row.
+        dry_run: write nothing, return the row that would come out.
         partial: accept unfinished stores.
         report: called with (done, total, text).
 
     Returns:
-        A row: path, method, runs, context, targets, parameters, seconds, …
+        A row: path, method, runs, stores, parameters, context, targets, seconds (None where nothing was written).
 
     Raises:
         FarcliError: see the exit codes.
     """
-    refuse_existing(output, replace)
+    check_outcome(output, replace=replace, resume=resume)
     forecaster = build(method, options or {})
     sources = open_sources(stores, train_runs, partial=partial)
     first = sources[0].trajectory
@@ -90,6 +94,22 @@ def fit(
         steps_H=steps_H,
         memory=memory // 2,
     )
+    training = [TrainingData(id=s.trajectory.id, path=str(s.trajectory.path), runs=s.runs).to_json() for s in sources]
+    row = {
+        "path": str(output),
+        "method": method,
+        "runs": problem.runs,
+        "stores": len(sources),
+        "parameters": problem.coordinates,
+        "context": list(steps_C),
+        "targets": list(steps_H),
+        "seconds": None,
+    }
+    if resume and output.exists():
+        _require_same(output, method, forecaster, problem, steps_C, training)
+        return row
+    if dry_run:
+        return row
     began = time.perf_counter()
     if isinstance(forecaster, SolvedForecaster):
         stream = Stream(
@@ -103,7 +123,6 @@ def fit(
         )
         forecaster = solve(forecaster, problem, lambda: _blocks(stream, sources, report), report=None)
     seconds = time.perf_counter() - began
-    training = [TrainingData(id=s.trajectory.id, path=str(s.trajectory.path), runs=s.runs).to_json() for s in sources]
     save(
         Artefact(
             method=method,
@@ -115,16 +134,31 @@ def fit(
         output,
         replace=replace,
     )
-    return {
-        "path": str(output),
-        "method": method,
-        "runs": problem.runs,
-        "stores": len(sources),
-        "parameters": problem.coordinates,
-        "context": list(steps_C),
-        "targets": list(steps_H),
-        "seconds": seconds,
-    }
+    return row | {"seconds": seconds}
+
+
+def _require_same(
+    output: Path,
+    method: str,
+    forecaster: Forecaster,
+    problem: Problem,
+    steps_C: tuple[int, ...],
+    training: list[dict[str, Any]],
+) -> None:
+    """Refuse to take another fit for the one asked for."""
+    found = load(output)
+    for what, there, wanted in (
+        ("method", found.method, method),
+        ("options", found.forecaster.config, forecaster.config),
+        ("context", found.context, steps_C),
+        ("targets", found.problem.steps_H, problem.steps_H),
+        ("training data", found.provenance.get("training"), training),
+    ):
+        if there != wanted:
+            raise UsageError(
+                f"{output}: holds another fit: its {what} is {there}, not {wanted}.",
+                hint="Choose another -o, or pass --force to replace it.",
+            )
 
 
 def _blocks(

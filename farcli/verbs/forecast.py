@@ -1,13 +1,15 @@
 """Forecast the weights of recorded runs and store the forecast as a trajectory of its own."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from farcli.files import refuse_existing
+from farcli.errors import UsageError
+from farcli.files import check_outcome
 from farcli.forecasting import (
     Method,
     check_targets,
@@ -36,6 +38,8 @@ def forecast(
     device: str = "auto",
     memory: int = 2_000_000_000,
     replace: bool = False,
+    resume: bool = False,
+    dry_run: bool = False,
     partial: bool = False,
     report: Callable[[float, float, str], None] = lambda done, total, text: None,
 ) -> dict[str, Any]:
@@ -55,16 +59,19 @@ def forecast(
         device: where to compute.
         memory: bytes that the data may take.
         replace: replace an existing output.
+        resume: where this very forecast exists already, do nothing and return its row.
+        dry_run: write nothing, return the row that would come out.
         partial: accept an unfinished store.
         report: called with (done, total, text).
 
     Returns:
-        A row: path, method, runs, start, targets, parameters, seconds, …
+        A row: path, method, runs, from, context, targets, parameters, buffers, bytes, seconds (None where nothing
+        was written).
 
     Raises:
         FarcliError: see the exit codes.
     """
-    refuse_existing(output, replace)
+    check_outcome(output, replace=replace, resume=resume)
     [source] = open_sources([store], runs, partial=partial)
     trajectory = source.trajectory
     resolved = resolve_method(method, trajectory, start=start, context=context, options=options, transfer=transfer)
@@ -73,13 +80,31 @@ def forecast(
     else:
         steps_H = choose_targets(trajectory, resolved.start, targets, recorded=False)
     check_targets(resolved, steps_H)
+    header = _header(resolved, trajectory, source, buffers)
+    row = {
+        "path": str(output),
+        "method": resolved.label,
+        "runs": list(source.runs),
+        "from": resolved.start,
+        "context": list(resolved.context),
+        "targets": list(steps_H),
+        "parameters": trajectory.layout.parameters,
+        "buffers": buffers,
+        "bytes": len(source.runs) * len(steps_H) * trajectory.layout.size * trajectory.dtype.itemsize,
+        "seconds": None,
+    }
+    if resume and output.exists():
+        _require_same(output, header, source, steps_H)
+        return row
+    if dry_run:
+        return row
     began = time.perf_counter()
     with TrajectoryWriter.create(
         output,
         trajectory.layout,
         list(source.runs),
         kind="forecast",
-        header=_header(resolved, trajectory, source, buffers, options),
+        header={"provenance": provenance(), "forecast": header},
         dtype=trajectory.dtype.name,
         planned_steps=list(steps_H),
         lockstep=len(source.runs) > 1,
@@ -100,17 +125,19 @@ def forecast(
                 if trajectory.layout.integers:
                     sink.integers(_kept_integers(trajectory, group, resolved.start, len(steps_H)))
         writer.finish()
-    return {
-        "path": str(output),
-        "method": resolved.label,
-        "runs": list(source.runs),
-        "from": resolved.start,
-        "context": list(resolved.context),
-        "targets": list(steps_H),
-        "parameters": trajectory.layout.parameters,
-        "buffers": buffers,
-        "seconds": time.perf_counter() - began,
-    }
+    return row | {"seconds": time.perf_counter() - began}
+
+
+def _require_same(output: Path, header: Mapping[str, Any], source: Source, steps_H: Sequence[int]) -> None:
+    """Refuse to take another forecast for the one asked for."""
+    stored = Trajectory.open(output)
+    found = {**stored.header.get("forecast", {}), "runs": stored.runs, "steps": stored.steps}
+    for key, wanted in {**header, "runs": list(source.runs), "steps": list(steps_H)}.items():
+        if found.get(key) != wanted:
+            raise UsageError(
+                f"{output}: holds another forecast: its {key} is {found.get(key)}, not {wanted}.",
+                hint="Choose another -o, or pass --force to replace it.",
+            )
 
 
 def _kept_integers(trajectory: Trajectory, runs: tuple[int, ...], start: int, horizons: int) -> Any:
@@ -120,29 +147,14 @@ def _kept_integers(trajectory: Trajectory, runs: tuple[int, ...], start: int, ho
     return np.repeat(rows[:, None], horizons, axis=1)
 
 
-def _header(
-    method: Method,
-    trajectory: Trajectory,
-    source: Source,
-    buffers: Buffers,
-    options: Mapping[str, str] | None,
-) -> dict[str, Any]:
+def _header(method: Method, trajectory: Trajectory, source: Source, buffers: Buffers) -> dict[str, Any]:
     return {
-        "provenance": provenance(),
-        "forecast": {
-            "method": method.label,
-            "source": method.source,
-            "options": {**{k: str(v) for k, v in _options(method).items()}, **(options or {})},
-            "store": {"id": trajectory.id, "path": str(trajectory.path), "runs": list(source.runs)},
-            "from": method.start,
-            "context": list(method.context),
-            "buffers": buffers,
-            "training": [data.to_json() for data in method.training],
-        },
+        "method": method.label,
+        "source": method.source,
+        "options": {key: str(value) for key, value in asdict(method.forecaster.config).items()},
+        "store": {"id": trajectory.id, "path": str(trajectory.path), "runs": list(source.runs)},
+        "from": method.start,
+        "context": list(method.context),
+        "buffers": buffers,
+        "training": [data.to_json() for data in method.training],
     }
-
-
-def _options(method: Method) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return asdict(method.forecaster.config)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from farcli.errors import FarcliError, NonFiniteError, StoppedError, StoreError, UnfinishedError, UsageError
-from farcli.files import refuse_existing
+from farcli.files import check_outcome
 from farcli.layout import Layout
 from farcli.provenance import provenance
 from farcli.store import Trajectory, TrajectoryWriter, is_store
@@ -83,10 +83,7 @@ def record(
     ):
         if value is not None and value < least:
             raise UsageError(f"{name} {value}: expected a whole number of at least {least}.")
-    if replace and resume:
-        raise UsageError("--force and --resume contradict each other: choose one.")
-    if not resume:
-        refuse_existing(output, replace)
+    check_outcome(output, replace=replace, resume=resume)
     task = workload_from(workload, options or {})
     if steps is None:
         steps = at[-1] if at else task.default_steps

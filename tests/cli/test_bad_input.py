@@ -241,6 +241,27 @@ class TestOutputs:
         assert json.loads(outcome.out)["path"] == "linreg.zarr"
         assert listing(folder) == before
 
+    def test_fit_and_forecast_resume_only_what_they_were_asked_for(self, farcli, folder):
+        fit = ("fit", "lfd2", "digits.zarr", "-o", "lfd2.safetensors", "--context", "4", "--train-runs", "0:2")
+        ahead = ("forecast", "lfd2.safetensors", "digits.zarr", "-o", "forecast.zarr")
+        before = listing(folder)
+        for words in ((*fit, "--resume"), (*ahead, "--runs", "2:4", "--resume")):
+            outcome = farcli(*words, cwd=folder)
+            assert outcome.code == 0, outcome.err
+            assert json.loads(outcome.out)["seconds"] is None
+            assert listing(folder) == before
+        refused(farcli, folder, (*fit, "--resume", "--set", "ridge=1"), 2, "lfd2.safetensors", "another fit", "ridge")
+        refused(farcli, folder, (*ahead, "--runs", "1:4", "--resume"), 2, "forecast.zarr", "another forecast", "runs")
+        refused(farcli, folder, (*ahead, "--resume", "--force"), 2, "contradict")
+
+    def test_a_dry_run_writes_nothing(self, farcli, folder):
+        before = listing(folder)
+        for words in (FIT, FORECAST, ("record", "linreg", "-o", "new.zarr", "--runs", "3")):
+            outcome = farcli(*words, "--dry-run", cwd=folder)
+            assert outcome.code == 0, outcome.err
+            assert json.loads(outcome.out)["runs"]
+            assert listing(folder) == before
+
     def test_too_little_memory(self, farcli, folder):
         refused(farcli, folder, (*FIT, "--memory", "10K"), 6, "--memory", "too small")
 
