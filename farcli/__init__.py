@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from farcli.recording.recorder import Recorder
     from farcli.store import Trajectory
     from farcli.verbs.evaluate import evaluate
     from farcli.verbs.export import export
@@ -18,9 +19,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Trajectory", "__version__", "evaluate", "export", "fit", "forecast", "inspect", "record"]
+__all__ = ["Recorder", "Trajectory", "__version__", "evaluate", "export", "fit", "forecast", "inspect", "record"]
 
 _LAZY = {
+    "Recorder": "farcli.recording.recorder",
     "Trajectory": "farcli.store",
     "evaluate": "farcli.verbs.evaluate",
     "export": "farcli.verbs.export",

@@ -64,7 +64,8 @@ for _name, _module, _panel in (
     ("workloads", workloads.workloads, "Listings"),
     ("env", env.env, "Listings"),
 ):
-    app.command(_name, rich_help_panel=_panel)(subcommand(_name, _module))
+    _parser = record.RecordCommand if _name == "record" else None
+    app.command(_name, cls=_parser, rich_help_panel=_panel)(subcommand(_name, _module))
 
 
 def main() -> None:
