@@ -18,7 +18,7 @@ from farcli.store import Trajectory
 
 _BUFFERS = 2
 """Blocks in memory at once: the one in use and the one being read."""
-_LARGEST_BLOCK = 64 << 20
+_LARGEST_BLOCK = 16 << 20
 """Bytes beyond which a larger block no longer reads faster but delays the first result."""
 
 
@@ -251,7 +251,7 @@ def require_finite(weights_BTD: Tensor, block: Block, path: object, steps: Seque
         NonFiniteError: names the store, run, step and tensor of the first one.
     """
     # A sum is finite unless something in it is not (or it overflows, which the exact check below decides).
-    if bool(torch.isfinite(weights_BTD.sum())) or bool(torch.isfinite(weights_BTD).all()):
+    if _sum_is_finite(weights_BTD) or bool(torch.isfinite(weights_BTD).all()):
         return
     b, t, d = (int(i) for i in torch.nonzero(~torch.isfinite(weights_BTD))[0])
     layout = block.prefix.layout
@@ -261,6 +261,13 @@ def require_finite(weights_BTD: Tensor, block: Block, path: object, steps: Seque
         f"holds {float(weights_BTD[b, t, d])}.",
         hint="Choose other runs or steps with --runs and --to, or record that run again.",
     )
+
+
+def _sum_is_finite(weights_BTD: Tensor) -> bool:
+    if weights_BTD.device.type != "cpu":
+        return bool(torch.isfinite(weights_BTD.sum()))
+    with np.errstate(over="ignore", invalid="ignore"):  # numpy: torch would start threads in the reader's way
+        return all(bool(np.isfinite(rows_TD.sum())) for rows_TD in weights_BTD.numpy())
 
 
 def open_sources(paths: Sequence[str], runs: str | None, *, partial: bool = False) -> list[Source]:

@@ -8,11 +8,12 @@ Shape suffixes: B runs of a block, R runs, S tensors of the layout, K groups of 
 columns (3, or 2 without the bias), H horizons, N columns of a tile, F = 6 products of two basis columns.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,10 +23,15 @@ from farcli.forecasters.acceleration import Acceleration
 from farcli.forecasters.base import Prefix, Problem, Sums
 from farcli.forecasters.least_squares import normal_equations, penalised
 from farcli.forecasters.update_growth import decaying, update_growth
+from farcli.layout import Segment
 
 _TILE = {"cpu": 1 << 19}
 _TILE_ELSEWHERE = 1 << 22
 """Float64 numbers of one tile: 4 MiB on a CPU, so that what is converted is used again from its caches."""
+_LONG = 4096
+"""Coordinates of one tensor from which runs are taken in one by one."""
+_LONG_TILE = 6144
+"""Columns of a tile of those: its float64 numbers stay in a core's own cache; larger ones start BLAS threads."""
 _PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 _SCALE_FLOOR = 1e-3
 """A tensor's scale is at least this part of the scale over all tensors: else those that hardly move, whose
@@ -83,7 +89,13 @@ class SquaredSums(Sums):
         device = truth_BHD.device
         self._move(device)
         horizons = truth_BHD.shape[1]
-        for tile in tiles(prefix, truth_BHD, self._coordinates, 3 + horizons):
+        segments = prefix.segments
+        if device.type == "cpu":
+            long = [segment for segment in segments if segment.stop - segment.start >= _LONG]
+            for segment in long:
+                self._add_long(prefix, truth_BHD, segment)
+            segments = [segment for segment in segments if segment not in long]
+        for tile in tiles(prefix, truth_BHD, self._coordinates, 3 + horizons, segments):
             columns_BQN, runs_B = tile.columns_BQN, torch.tensor(tile.runs_B, device=device)
             products_BPQ = torch.bmm(columns_BQN[:, :3], columns_BQN.mT)
             self.products_RSPQ[:, tile.slot].index_add_(0, runs_B, products_BPQ)
@@ -92,6 +104,37 @@ class SquaredSums(Sums):
             self.squares_RSH[:, tile.slot].index_add_(0, runs_B, squares_BH)
             if self._absolute:
                 self.absolutes_SH[tile.slot] += targets_BHN.abs().sum(dim=(0, 2))
+
+    def _add_long(self, prefix: Prefix, truth_BHD: Tensor, segment: Segment) -> None:
+        """Take in many coordinates of one tensor, on the CPU: as fast as they can be read.
+
+        The same sums as below, through numpy: its BLAS multiplies such flat matrices twice as fast as the
+        one in torch's wheels (AMD), and neither starts threads for them, which would stand in the reader's way.
+        """
+        stop = min(segment.stop, self._coordinates - prefix.start)
+        horizons = truth_BHD.shape[1]
+        columns_QN, last_N = np.empty((3 + horizons, _LONG_TILE)), np.empty(_LONG_TILE)
+        columns_QN[2] = 1
+        for run, weights_CD, truth_HD in zip(prefix.runs_B, prefix.weights_BCD.numpy(), truth_BHD.numpy(), strict=True):
+            products_PQ = np.zeros((3, 3 + horizons))
+            squares_H, absolutes_H = np.zeros(horizons), np.zeros(horizons)
+            for start in range(segment.start, stop, _LONG_TILE):
+                part = slice(start, min(start + _LONG_TILE, stop))
+                tile_QN, w_n = columns_QN[:, : part.stop - start], last_N[: part.stop - start]
+                targets_HN = tile_QN[3:]
+                # Cast first: a subtraction that casts on the way takes three times as long.
+                np.copyto(tile_QN[0], weights_CD[0, part])
+                np.copyto(w_n, weights_CD[-1, part])
+                np.subtract(w_n, tile_QN[0], out=tile_QN[1])
+                np.copyto(targets_HN, truth_HD[:, part])
+                np.subtract(targets_HN, w_n, out=targets_HN)
+                products_PQ += tile_QN[:3] @ tile_QN.T
+                squares_H += np.vecdot(targets_HN, targets_HN)
+                if self._absolute:
+                    absolutes_H += np.abs(targets_HN).sum(axis=1)
+            self.products_RSPQ[run, segment.slot] += torch.from_numpy(products_PQ)
+            self.squares_RSH[run, segment.slot] += torch.from_numpy(squares_H)
+            self.absolutes_SH[segment.slot] += torch.from_numpy(absolutes_H)
 
     def _move(self, device: torch.device) -> None:
         # The sums live where the blocks are: no transfer, and no wait, for each block.
@@ -179,7 +222,9 @@ class Tile:
     columns_BQN: Tensor
 
 
-def tiles(prefix: Prefix, truth_BHD: Tensor, coordinates: int, rows: int) -> Iterator[Tile]:
+def tiles(
+    prefix: Prefix, truth_BHD: Tensor, coordinates: int, rows: int, segments: Sequence[Segment] | None = None
+) -> Iterator[Tile]:
     """Cut a block at the bounds of tensors and to the size of a cache, in float64.
 
     Differences are taken in float64, where those of float32 numbers are exact.
@@ -189,12 +234,13 @@ def tiles(prefix: Prefix, truth_BHD: Tensor, coordinates: int, rows: int) -> Ite
         truth_BHD: the true weights.
         coordinates: where, in the whole vector, the fitted ones end.
         rows: how many float64 rows per run the caller holds for a tile.
+        segments: the parts of the block to cut; all of it when None.
     """
     first_BD, last_BD = prefix.weights_BCD[:, 0], prefix.weights_BCD[:, -1]
     runs, horizons = truth_BHD.shape[:2]
     budget = _TILE.get(truth_BHD.device.type, _TILE_ELSEWHERE)
     columns_BQN = truth_BHD.new_empty((0, 0, 0), dtype=torch.float64)
-    for segment in prefix.segments:
+    for segment in prefix.segments if segments is None else segments:
         stop = min(segment.stop, coordinates - prefix.start)
         width = max(1, min(stop - segment.start, budget // rows))
         group = max(1, min(runs, budget // (rows * width)))

@@ -20,11 +20,18 @@ from farcli.errors import DamagedError
 from farcli.files import disk_error
 from farcli.store.disk import Buffer, publish, temporary_name, write_all, write_temporary
 from farcli.store.metadata import ArrayMetadata
+from farcli.store.threads import run_all
 
 _CRC = 4
 _ENTRY = 16
 """Bytes of an index entry: offset and length, uint64."""
 _ABSENT = 2**64 - 1
+_BATCH_BYTES = 1 << 20
+"""Bytes of chunks fetched by one call: few calls, and still in the cache when they are checked."""
+_MOST_CHUNKS = 256
+"""Chunks fetched by one call; the system refuses more than IOV_MAX = 1024 buffers."""
+_PIECE_BYTES = 2 << 20
+"""Bytes that one thread reads in a row: much more than it costs to open a file."""
 _HOT_BYTES = 256 << 10
 """Bytes checksummed before they are written, so that they are still in the cache then."""
 
@@ -47,9 +54,11 @@ class NativeArray:
         self.metadata = metadata
         self._store = store
         self._name = name
-        self._folder = store / name
+        self._folder = str(store / name)
         self._runs = runs
         self._steps = steps
+        self._per_file = metadata.chunks_per_file
+        self._batch = max(1, min(_MOST_CHUNKS, _BATCH_BYTES // metadata.chunk_bytes))
         # Shards whose index is known to say "one chunk behind the other"; they are never changed once committed.
         self._in_order: set[str] = set()
 
@@ -69,11 +78,23 @@ class NativeArray:
         if stop <= start:
             return
         if self.metadata.inner[:2] == (1, 1):
-            for i, run in enumerate(runs):
-                for j, step in enumerate(steps):
-                    self._read_row(run, step, start, stop, out[i, j])
+            piece = self._piece
+            bounds = range(start - start % piece, stop, piece)
+            parts = [(max(start, bound), min(bound + piece, stop)) for bound in bounds]
+            rows = [
+                (run, step, low, high, out[i, j, low - start : high - start])
+                for i, run in enumerate(runs)
+                for j, step in enumerate(steps)
+                for low, high in parts
+            ]
+            run_all(self._read_rows, rows)
         else:
             self._read_boxes(runs, steps, start, stop, out)
+
+    @property
+    def _piece(self) -> int:
+        """Coordinates of a snapshot that one thread reads in a row."""
+        return max(1, _PIECE_BYTES // self.metadata.chunk_bytes) * self.metadata.inner[2]
 
     def check_first(self) -> None:
         """Compare the size of the first file with what the metadata declares, before anyone allocates by it.
@@ -94,7 +115,7 @@ class NativeArray:
         """Open the file of an outer chunk: descriptor, size and name."""
         key = self.metadata.key(*file)
         try:
-            fd = os.open(self._folder / key, os.O_RDONLY)
+            fd = os.open(f"{self._folder}/{key}", os.O_RDONLY)
         except FileNotFoundError:
             raise self._damaged(cell, key, "is missing") from None
         except OSError as error:
@@ -111,13 +132,13 @@ class NativeArray:
 
     @property
     def _index_bytes(self) -> int:
-        return prod(self.metadata.chunks_per_file) * _ENTRY + _CRC
+        return prod(self._per_file) * _ENTRY + _CRC
 
     def _place(self, fd: int, size: int, key: str, inner: tuple[int, ...], cell: tuple[int, int]) -> int:
         """Offset in its file of an inner chunk, given by its coordinates within the file."""
         if not self.metadata.sharded:
             return 0
-        per_file = self.metadata.chunks_per_file
+        per_file = self._per_file
         number = (inner[0] * per_file[1] + inner[1]) * per_file[2] + inner[2]
         stride = self.metadata.chunk_bytes + _CRC
         if key in self._in_order:
@@ -138,78 +159,104 @@ class NativeArray:
             self._in_order.add(key)
         return offset
 
-    def _fill(self, fd: int, views: list[memoryview], offset: int, cell: tuple[int, int], key: str) -> None:
+    def _fill(self, fd: int, views: Sequence[memoryview], offset: int, cell: tuple[int, int], key: str) -> None:
         """Fill buffers from a file, wholly."""
-        expected = sum(view.nbytes for view in views)
         try:
-            os.lseek(fd, offset, os.SEEK_SET)  # the descriptor is ours alone; preadv is not on every Unix
-            found = os.readv(fd, views)
+            found = _readv_at(fd, views, offset)
+            expected = sum(view.nbytes for view in views)
             while found < expected:  # the end of the file, or more than one call can read (2 GiB)
                 rest, skip = [], found
                 for view in views:
                     if skip < view.nbytes:
                         rest.append(view[skip:])
                     skip = max(0, skip - view.nbytes)
-                more = os.readv(fd, rest)
+                more = _readv_at(fd, rest, offset + found)
                 if not more:
                     raise self._damaged(cell, key, f"ends after {offset + found} bytes, expected {offset + expected}")
                 found += more
         except OSError as error:
             raise self._damaged(cell, key, f"cannot be read ({error.strerror})") from error
 
-    def _fetch(self, fd: int, views: list[memoryview], offset: int, cell: tuple[int, int], key: str) -> None:
-        """Fill buffers with a chunk and compare its checksum."""
-        stored = bytearray(_CRC)
-        self._fill(fd, [*views, memoryview(stored)], offset, cell, key)
+    def _fetch(self, fd: int, views: tuple[memoryview, ...], offset: int, cell: tuple[int, int], key: str) -> None:
+        """Fill buffers with a chunk and compare its checksum, which goes to the last of them."""
+        self._fill(fd, views, offset, cell, key)
         found = 0
-        for view in views:
+        for view in views[:-1]:
             found = crc32c(view, found)
-        if found != int.from_bytes(stored, "little"):
+        if found != int.from_bytes(views[-1], "little"):
             raise self._damaged(cell, key, f"fails its checksum (at byte {offset})")
 
-    def _read_row(self, run: int, step: int, start: int, stop: int, row: np.ndarray) -> None:
-        """Read one snapshot's coordinates where each inner chunk belongs to one snapshot.
+    def _read_rows(self, rows: Sequence[tuple[int, int, int, int, np.ndarray]]) -> None:
+        """Read (run, step, start, stop, row) where each inner chunk belongs to one snapshot."""
+        for run, step, start, stop, row in rows:
+            self._read_row(run, step, start, stop, row.data.cast("B"))
 
-        Whole chunks go straight into `row`; of a chunk cut by `start` or `stop` the rest goes to a
+    def _read_row(self, run: int, step: int, start: int, stop: int, body: memoryview) -> None:
+        """Read one snapshot's coordinates.
+
+        Whole chunks go straight into `body`; of a chunk cut by `start` or `stop` the rest goes to a
         scratch buffer, because its checksum needs it.
         """
-        meta = self.metadata
-        item, width = meta.dtype.itemsize, meta.inner[2]
-        body = row.data.cast("B")
-        per_file = meta.chunks_per_file
+        meta, per_file = self.metadata, self._per_file
+        item, width, size = meta.dtype.itemsize, meta.inner[2], meta.chunk_bytes
         inner = (run % meta.outer[0], step % meta.outer[1])
+        trailer = memoryview(bytearray(_CRC))
         first, last = start // width, (stop - 1) // width
         for part in range(first // per_file[2], last // per_file[2] + 1):
             file = (run // meta.outer[0], step // meta.outer[1], part)
-            with self._open(file, (run, step)) as (fd, size, key):
-                for chunk in range(max(first, part * per_file[2]), min(last + 1, (part + 1) * per_file[2])):
-                    offset = self._place(fd, size, key, (*inner, chunk % per_file[2]), (run, step))
-                    low, high = max(start, chunk * width), min(stop, (chunk + 1) * width)
-                    before, after = (low - chunk * width) * item, ((chunk + 1) * width - high) * item
-                    views = [body[(low - start) * item : (high - start) * item]]
-                    if before or after:
-                        scratch = memoryview(bytearray(before + after))
-                        views = [view for view in (scratch[:before], views[0], scratch[before:]) if view.nbytes]
-                    self._fetch(fd, views, offset, (run, step), key)
+            with self._open(file, (run, step)) as (fd, file_size, key):
+                chunk, end = max(first, part * per_file[2]), min(last + 1, (part + 1) * per_file[2])
+                while chunk < end:
+                    offset = self._place(fd, file_size, key, (*inner, chunk % per_file[2]), (run, step))
+                    low, high = chunk * width, (chunk + 1) * width
+                    if start <= low and high <= stop:
+                        most = min(end, stop // width, chunk + self._batch) - chunk if key in self._in_order else 1
+                        view = body[(low - start) * item : (low - start) * item + most * size]
+                        self._fetch_many(fd, view, most, offset, (run, step), key)
+                        chunk += most
+                        continue
+                    view = body[max(0, low - start) * item : (min(stop, high) - start) * item]
+                    before = max(0, start - low) * item
+                    scratch = memoryview(bytearray(size - view.nbytes))
+                    self._fetch(fd, (scratch[:before], view, scratch[before:], trailer), offset, (run, step), key)
+                    chunk += 1
+
+    def _fetch_many(self, fd: int, body: memoryview, count: int, offset: int, cell: tuple[int, int], key: str) -> None:
+        """Fill a buffer with chunks that lie one behind the other, and compare their checksums."""
+        size = self.metadata.chunk_bytes
+        trailer = memoryview(bytearray(count * _CRC))
+        chunks = [body[at : at + size] for at in range(0, count * size, size)]
+        views = [view for i, chunk in enumerate(chunks) for view in (chunk, trailer[i * _CRC : (i + 1) * _CRC])]
+        self._fill(fd, views, offset, cell, key)
+        for i, chunk in enumerate(chunks):
+            if crc32c(chunk) != int.from_bytes(views[2 * i + 1], "little"):
+                raise self._damaged(cell, key, f"fails its checksum (at byte {offset + i * (size + _CRC)})")
 
     def _read_boxes(self, runs: Sequence[int], steps: Sequence[int], start: int, stop: int, out: np.ndarray) -> None:
         """Read chunks that hold several runs or steps, and pick the cells."""
         meta = self.metadata
         width = meta.inner[2]
         scratch = np.empty(meta.inner, meta.dtype)
-        body = scratch.data.cast("B")
+        body, trailer = scratch.data.cast("B"), memoryview(bytearray(_CRC))
         for a, (to_run, from_run) in group(runs, meta.inner[0]).items():
             for b, (to_step, from_step) in group(steps, meta.inner[1]).items():
                 cell = (runs[to_run[0]], steps[to_step[0]])
                 for c in range(start // width, (stop - 1) // width + 1):
-                    per_file = meta.chunks_per_file
+                    per_file = self._per_file
                     file = (a // per_file[0], b // per_file[1], c // per_file[2])
                     inner = (a % per_file[0], b % per_file[1], c % per_file[2])
                     with self._open(file, cell) as (fd, size, key):
-                        self._fetch(fd, [body], self._place(fd, size, key, inner, cell), cell, key)
+                        self._fetch(fd, (body, trailer), self._place(fd, size, key, inner, cell), cell, key)
                     low, high = max(start, c * width), min(stop, (c + 1) * width)
                     picked = scratch[..., low - c * width : high - c * width][np.ix_(from_run, from_step)]
                     out[..., low - start : high - start][np.ix_(to_run, to_step)] = picked
+
+
+def _readv_at(fd: int, views: Sequence[memoryview], offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, views, offset)
+    os.lseek(fd, offset, os.SEEK_SET)  # not every Unix has preadv; the descriptor is ours alone
+    return os.readv(fd, views)
 
 
 def group(indices: Sequence[int], size: int) -> dict[int, tuple[list[int], list[int]]]:

@@ -8,13 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from farcli.artefact import Artefact, build, load, save
-from farcli.errors import UsageError
+from farcli.errors import NonFiniteError, UsageError
 from farcli.files import check_outcome
-from farcli.fitting import solve
-from farcli.forecasters.base import Forecaster, Prefix, Problem, SolvedForecaster
+from farcli.fitting import DivergedError, descend, solve
+from farcli.forecasters.base import Forecaster, Prefix, Problem, SolvedForecaster, TrainedForecaster
 from farcli.forecasting import TrainingData, check_context, choose_context, choose_targets
 from farcli.provenance import provenance
-from farcli.stream import Source, Stream, open_sources, require_finite, resolve_device
+from farcli.stream import Stream, open_sources, require_finite, resolve_device
 
 
 def fit(
@@ -111,7 +111,19 @@ def fit(
     if dry_run:
         return row
     began = time.perf_counter()
-    if isinstance(forecaster, SolvedForecaster):
+
+    def keep(fitted: Forecaster, **more: Any) -> None:
+        artefact = Artefact(
+            method=method,
+            forecaster=fitted,
+            problem=problem,
+            context=steps_C,
+            provenance=provenance(training=training, options=dict(options or {}), **more),
+        )
+        save(artefact, output, replace=replace)
+
+    found: dict[str, Any] = {}
+    if isinstance(forecaster, SolvedForecaster | TrainedForecaster):
         stream = Stream(
             sources,
             coupling=forecaster.coupling,
@@ -121,20 +133,33 @@ def fit(
             device=resolve_device(device),
             memory=memory // 2,
         )
-        forecaster = solve(forecaster, problem, lambda: _blocks(stream, sources, report), report=None)
+        try:
+            if isinstance(forecaster, SolvedForecaster):
+                forecaster = solve(forecaster, problem, lambda: _blocks(stream, report), report=None)
+            else:
+                fitted = descend(
+                    forecaster, problem, lambda: _blocks(stream, _silent), device=stream.device, report=report
+                )
+                forecaster, found = fitted.forecaster, fitted.summary()
+        except DivergedError as error:
+            if error.best is None:
+                raise
+            keep(error.best, diverged=str(error))
+            raise NonFiniteError(f"{error} Its best state is in {output}.", error.hint) from error
+        except NonFiniteError:
+            # Fitting shows that something is not finite, at no cost; only then is it looked for.
+            for block in stream:
+                path = sources[block.source].trajectory.path
+                require_finite(block.prefix.weights_BCD, block, path, problem.steps_C)
+                require_finite(block.truth_BHD, block, path, steps_H)
+            raise
     seconds = time.perf_counter() - began
-    save(
-        Artefact(
-            method=method,
-            forecaster=forecaster,
-            problem=problem,
-            context=steps_C,
-            provenance=provenance(training=training, options=dict(options or {})),
-        ),
-        output,
-        replace=replace,
-    )
-    return row | {"seconds": seconds}
+    keep(forecaster, **found)
+    return row | {"seconds": seconds} | found
+
+
+def _silent(done: float, total: float, text: str) -> None:
+    """No progress: a fit by gradient counts updates, not blocks."""
 
 
 def _require_same(
@@ -159,18 +184,17 @@ def _require_same(
                 f"{output}: holds another fit: its {what} is {there}, not {wanted}.",
                 hint="Choose another -o, or pass --force to replace it.",
             )
+    if "diverged" in found.provenance:
+        raise NonFiniteError(
+            f"{output}: holds the best state of a fit that diverged: {found.provenance['diverged']}",
+            "Choose other options, and pass --force to replace it.",
+        )
 
 
-def _blocks(
-    stream: Stream, sources: Sequence[Source], report: Callable[[float, float, str], None]
-) -> Iterator[tuple[Prefix, Tensor]]:
+def _blocks(stream: Stream, report: Callable[[float, float, str], None]) -> Iterator[tuple[Prefix, Tensor]]:
     done = 0
-    steps = stream.steps_C + stream.steps_H
     total = stream.runs * stream.coordinates
     for block in stream:
-        path = sources[block.source].trajectory.path
-        require_finite(block.prefix.weights_BCD, block, path, stream.steps_C)
-        require_finite(block.truth_BHD, block, path, steps[len(stream.steps_C) :])
         yield block.prefix, block.truth_BHD
         done += len(block.runs) * (block.stop - block.prefix.start)
-        report(done, total, str(path))
+        report(done, total, str(stream.sources[block.source].trajectory.path))
