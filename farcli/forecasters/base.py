@@ -6,17 +6,18 @@ come to it from `farcli.stream`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from torch import Tensor, float64
+from torch import Generator, Tensor, device, float64, nn
 
 from farcli.errors import StoreError, UsageError
 from farcli.layout import Layout, Segment
 
 T = TypeVar("T")
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
 
 class Coupling(Enum):
@@ -277,3 +278,161 @@ class SolvedForecaster(FittedForecaster):
     def unsettled(self) -> bool:
         """Whether another pass would improve the solution."""
         return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descent:
+    """How a forecaster is fitted by gradient (Adam); the `Config` of every trained forecaster extends it.
+
+    An example is a run for joint forecasters, a (run, coordinate) pair for coordinate-wise ones.
+    """
+
+    lr: float = field(default=1e-3, metadata={"help": "Adam's learning rate"})
+    batch: int = field(default=1024, metadata={"help": "examples a mini-batch"})
+    epochs: int = field(default=1000, metadata={"help": "passes over the training examples"})
+    updates: int = field(
+        default=20_000, metadata={"help": "updates after which the fit ends whatever the epochs; 0 for no limit"}
+    )
+    validation: float = field(
+        default=0.0,
+        metadata={"help": "share of the runs held out: the fit ends with the state best on them; 0 for the last state"},
+    )
+    patience: int = field(
+        default=0, metadata={"help": "epochs without a better validation loss after which the fit ends; 0 for never"}
+    )
+    seed: int = field(default=0, metadata={"help": "of everything random in the fit"})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr = {self.lr}, expected a finite number above 0.")
+        for name, least in (("batch", 1), ("epochs", 1), ("updates", 0), ("patience", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected {least} or more.")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation = {self.validation}, expected a share of the runs: 0 or more, less than 1.")
+        if self.patience and not self.validation:
+            raise ValueError(f"patience = {self.patience} needs validation runs; validation is 0.")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained(Generic[NetworkT]):
+    """A network, and what it was fitted for."""
+
+    problem: Problem
+    network: NetworkT
+
+
+class TrainedForecaster(FittedForecaster):
+    """A forecaster fitted by gradient: a network, and a loss on mini-batches.
+
+    Networks are float32, and what inputs are scaled by are buffers of theirs, so that a network's
+    `state_dict` is all that was learned. The engine builds the `network`, hands it to `with_network`,
+    calls `measure` once, then descends on `loss`.
+    """
+
+    name: ClassVar[str]
+    """What messages call it."""
+
+    @abstractmethod
+    def __init__(self, config: Any, trained: Any = None) -> None: ...
+
+    @property
+    @abstractmethod
+    def config(self) -> Descent:
+        """The options."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> Trained[Any] | None:
+        """What was fitted; None before."""
+
+    @abstractmethod
+    def network(self, problem: Problem) -> nn.Module:
+        """A fresh network, drawn from torch's default generator, which the engine seeds and puts back.
+
+        Raises:
+            UsageError: the problem does not fit the options.
+        """
+
+    def with_network(self, problem: Problem, network: nn.Module) -> Self:
+        """The forecaster of the same options that forecasts with this network."""
+        return type(self)(self.config, Trained(problem, network))
+
+    def measure(self, examples: Iterable[tuple[Prefix, Tensor]]) -> None:
+        """Set what inputs are scaled by, from training examples as `loss` gets them."""
+
+    @abstractmethod
+    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
+        """Loss of one mini-batch, a scalar.
+
+        Args:
+            prefix: whole vectors for joint forecasters, without buffers; for coordinate-wise ones sampled (run,
+                coordinate) pairs, as so many runs of a single coordinate, of which `start` says nothing.
+            steps_H: the problem's target steps.
+            truth_BHD: the weights at those steps.
+            generator: of random numbers, on the CPU.
+        """
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The network's parameters and buffers."""
+        network = require_fitted(self.name, self.trained).network
+        return {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+
+    @classmethod
+    def restore(cls, config: Any, problem: Problem, tensors: Mapping[str, Tensor]) -> Self:
+        """The forecaster that `tensors` came from."""
+        forecaster = cls(config)
+        with device("meta"):  # no memory, no random numbers
+            network = forecaster.network(problem)
+        values = {
+            key: stored(cls.name, tensors, key, tuple(value.shape)).to(value.dtype)
+            for key, value in network.state_dict().items()
+        }
+        network.load_state_dict(values, assign=True)
+        return forecaster.with_network(problem, network.requires_grad_(False).eval())
+
+    def seen(self, prefix: Prefix) -> Prefix:
+        """The prefix with nothing but the snapshots that `observed` names.
+
+        Raises:
+            UsageError: it is too short.
+        """
+        trained = require_fitted(self.name, self.trained)
+        steps = self.observed(prefix.steps_C)
+        if len(prefix.steps_C) == len(trained.problem.steps_C):  # they are chosen already
+            return prefix
+        rows = [prefix.steps_C.index(step) for step in steps]
+        return replace(prefix, weights_BCD=prefix.weights_BCD[:, rows], steps_C=steps)
+
+    def rows(self, prefix: Prefix, steps_H: Sequence[int]) -> list[int]:
+        """Which of the fitted targets the steps are, counted from the last observed step.
+
+        Raises:
+            UsageError: nothing was fitted, or not for these steps, this spacing or this network.
+        """
+        prefix.require(self.name, self.min_context, steps_H)
+        problem = require_fitted(self.name, self.trained).problem
+        if not self.transferable:
+            problem.require_layout(self.name, prefix.layout)
+        gaps, fitted_gaps = ([step - steps[0] for step in steps] for steps in (prefix.steps_C, problem.steps_C))
+        if gaps != fitted_gaps:
+            raise UsageError(
+                f"{self.name} was fitted on snapshots at steps {_listed(problem.steps_C)}, but this context has "
+                f"{_listed(prefix.steps_C)}, spaced otherwise.",
+                "Give a context with the same spacing, or fit again.",
+            )
+        shift = prefix.steps_C[-1] - problem.steps_C[-1]
+        targets = [step + shift for step in problem.steps_H]
+        for step in steps_H:
+            if step not in targets:
+                raise UsageError(
+                    f"{self.name} was fitted to forecast {_listed(targets)} steps; step {step} is not among them.",
+                    "Fit again with that step in --to.",
+                )
+        return [targets.index(step) for step in steps_H]
+
+
+def _listed(steps: Sequence[int]) -> str:
+    if len(steps) <= 5:
+        return ", ".join(map(str, steps))
+    return f"{steps[0]}, {steps[1]}, …, {steps[-1]}"
