@@ -8,6 +8,7 @@ import typer
 
 import farcli
 from farcli.cli import (
+    diff,
     env,
     evaluate,
     export,
@@ -17,6 +18,7 @@ from farcli.cli import (
     methods,
     plot,
     record,
+    verify,
     workloads,
 )
 from farcli.cli.options import subcommand
@@ -60,6 +62,8 @@ for _name, _module, _panel in (
     ("plot", plot.plot, "Forecasts"),
     ("inspect", inspect.inspect, "Trajectories"),
     ("export", export.export, "Trajectories"),
+    ("verify", verify.verify, "Trajectories"),
+    ("diff", diff.diff, "Trajectories"),
     ("methods", methods.methods, "Listings"),
     ("workloads", workloads.workloads, "Listings"),
     ("env", env.env, "Listings"),

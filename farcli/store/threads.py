@@ -4,6 +4,7 @@ Reads, checksums and codecs let go of the interpreter, so threads are enough, an
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ ResultT = TypeVar("ResultT")
 _MOST_THREADS = 8
 """Threads beyond which the memory bus, not the processor, sets the pace."""
 _pool: ThreadPoolExecutor | None = None
+_own = threading.local()
 
 
 def count() -> int:
@@ -27,8 +29,12 @@ def count() -> int:
 def _threads() -> ThreadPoolExecutor:
     global _pool  # noqa: PLW0603 - one pool a process, made when first needed
     if _pool is None:
-        _pool = ThreadPoolExecutor(count(), thread_name_prefix="farcli-store")
+        _pool = ThreadPoolExecutor(count(), thread_name_prefix="farcli-store", initializer=_mark)
     return _pool
+
+
+def _mark() -> None:
+    _own.is_one = True
 
 
 def _forget() -> None:
@@ -44,9 +50,9 @@ if hasattr(os, "register_at_fork"):
 def run_all(work: Callable[[Sequence[ItemT]], None], items: Sequence[ItemT]) -> None:
     """Have `work` done on all items, each thread taking a part of them; an error ends its part and is raised.
 
-    What `work` does must not call `run_all` in turn.
+    Within one of the threads all is done by that thread: were it to wait for the others, none might be left.
     """
-    parts = min(count(), len(items))
+    parts = 1 if getattr(_own, "is_one", False) else min(count(), len(items))
     if parts < 2:
         work(items)
         return
@@ -63,8 +69,9 @@ def run_all(work: Callable[[Sequence[ItemT]], None], items: Sequence[ItemT]) -> 
             raise error
 
 
-def map_ordered(work: Callable[[ItemT], ResultT], items: Iterable[ItemT], ahead: int) -> Iterator[ResultT]:
-    """The results of `work`, in the order of the items, of which `ahead` are under way at once."""
+def map_ordered(work: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
+    """The results of `work`, in the order of the items; a few more items than threads are under way at once."""
+    ahead = count() + 1
     waiting: deque[Future[ResultT]] = deque()
     try:
         for item in items:

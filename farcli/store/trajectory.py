@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial as bind
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -24,12 +24,13 @@ from farcli.store.metadata import (
     read_record,
 )
 from farcli.store.native import NativeArray
+from farcli.store.threads import map_ordered
 
 if TYPE_CHECKING:
     from farcli.store.foreign import ForeignArray
 
-_VERIFY_BYTES = 16 << 20
-"""Bytes read at once by `verify`."""
+_VERIFY_BYTES = 4 << 20
+"""Bytes that a thread of `verify` reads at once; they stay in the cache until they are searched for NaN."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +41,13 @@ class Problem:
         what: the sentence for the user; it names the store.
         run: label of the run it concerns, if one.
         step: step it concerns, if one.
+        kind: "damage" for bytes that are missing or wrong, "non-finite" for NaN and Inf that were recorded so.
     """
 
     what: str
     run: int | None = None
     step: int | None = None
+    kind: Literal["damage", "non-finite"] = "damage"
 
 
 class Trajectory:
@@ -222,35 +225,49 @@ class Trajectory:
             "integers": self.layout.integers if self.has_integers else 0,
         }
 
-    def verify(self) -> Iterator[Problem]:
+    def verify(self, report: Callable[[float, float], None] = lambda done, total: None) -> Iterator[Problem]:
         """Read everything and yield what is wrong: files, checksums, order of steps, NaN and Inf.
 
-        At most one problem per file and run-step pair; memory of a few megabytes.
+        At most one problem per file and run-step pair. Several threads, with a few megabytes each.
+
+        Args:
+            report: called with (bytes of weights read, bytes of weights in all).
         """
         yield from self._verify_metadata()
-        buffer = np.empty(0, self.dtype)
         inner = self._weights.metadata.inner
-        for chunk_runs, chunk_steps in self._cells(inner[0], inner[1]):
-            rows = len(chunk_runs) * len(chunk_steps)
-            width = max(1, _VERIFY_BYTES // (rows * self.dtype.itemsize * inner[2])) * inner[2]
-            infinite: set[tuple[int, int]] = set()
-            for start in range(0, self.size, width):
-                stop = min(start + width, self.size)
-                if buffer.size < rows * (stop - start):
-                    buffer = np.empty(rows * (stop - start), self.dtype)
-                block = buffer[: rows * (stop - start)].reshape(len(chunk_runs), len(chunk_steps), stop - start)
-                try:
-                    self._weights.read(chunk_runs, chunk_steps, start, stop, block)
-                except DamagedError as error:
-                    yield Problem(what=str(error), run=self.runs[chunk_runs[0]], step=self.steps[chunk_steps[0]])
-                    break
-                for i, j in _infinite_rows(block):
-                    run, step = self.runs[chunk_runs[i]], self.steps[chunk_steps[j]]
-                    if (run, step) not in infinite:
-                        infinite.add((run, step))
-                        at = start + int(np.flatnonzero(~np.isfinite(block[i, j]))[0])
-                        yield Problem(what=self._infinite(run, step, at), run=run, step=step)
+        cells = list(self._cells(inner[0], inner[1])) if self.size else []
+        row = self.size * self.dtype.itemsize
+        total = sum(len(runs) * len(steps) for runs, steps in cells) * row
+        done = 0
+        for (runs, steps), problems in zip(cells, map_ordered(self._verify_cell, cells), strict=True):
+            yield from problems
+            done += len(runs) * len(steps) * row
+            report(done, total)
         yield from self._verify_integers()
+
+    def _verify_cell(self, cell: tuple[list[int], list[int]]) -> list[Problem]:
+        """Read the snapshots of one row of chunks."""
+        chunk_runs, chunk_steps = cell
+        rows, chunk = len(chunk_runs) * len(chunk_steps), self._weights.metadata.inner[2]
+        width = max(1, _VERIFY_BYTES // (rows * self.dtype.itemsize * chunk)) * chunk
+        buffer = np.empty(rows * min(width, self.size), self.dtype)
+        problems: list[Problem] = []
+        infinite: set[tuple[int, int]] = set()
+        for start in range(0, self.size, width):
+            stop = min(start + width, self.size)
+            block = buffer[: rows * (stop - start)].reshape(len(chunk_runs), len(chunk_steps), stop - start)
+            try:
+                self._weights.read(chunk_runs, chunk_steps, start, stop, block)
+            except DamagedError as error:
+                run, step = self.runs[chunk_runs[0]], self.steps[chunk_steps[0]]
+                return [*problems, Problem(what=str(error), run=run, step=step)]
+            for i, j in _infinite_rows(block):
+                run, step = self.runs[chunk_runs[i]], self.steps[chunk_steps[j]]
+                if (run, step) not in infinite:
+                    infinite.add((run, step))
+                    at = start + int(np.flatnonzero(~np.isfinite(block[i, j]))[0])
+                    problems.append(Problem(what=self._infinite(run, step, at), run=run, step=step, kind="non-finite"))
+        return problems
 
     def _infinite(self, run: int, step: int, at: int) -> str:
         slot = self.layout.floats[self.layout.segments(at, at + 1)[0].slot]
