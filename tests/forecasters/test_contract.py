@@ -9,9 +9,10 @@ import torch
 
 from farcli.config import options_of
 from farcli.errors import ResourceError, StoreError, UsageError
-from farcli.forecasters.base import FittedForecaster, Forecaster, SolvedForecaster
+from farcli.fitting import descend
+from farcli.forecasters.base import FittedForecaster, Forecaster, SolvedForecaster, TrainedForecaster
 from farcli.forecasters.table import FORECASTERS
-from tests.forecasters.trajectories import LAYOUT, Data, create, drifting, fitted, is_joint
+from tests.forecasters.trajectories import LAYOUT, REQUIRED, Data, create, drifting, fitted, is_joint
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"span": 0}, {"span": 3}],
@@ -25,21 +26,37 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"groups": "tensor", "scale": "tensor", "loss": "l1", "beta": 0.1, "max_passes": 4},
         {"bias": False},
     ],
+    "dmd": [{"modes": "coordinate"}, {"rank": 1}],
+    "ema": [{"decay": 0.9}],
+    "lawa": [{"latest": 2}],
+    "gfm": [
+        {"units": "corrected", "path": "w_n", "integrator": "rk4", "steps": 3},
+        {"integrator": "euler", "steps": 2, "zeta": 0.0},
+    ],
+    "introspection": [{"scale": "none"}],
+    "dlinear": [{"channels": "joint"}],
+    "lstm": [{"channels": "joint", "scale": "none"}],
+    "transformer": [{"channels": "joint", "scale": "none"}],
 }
-CASES = [(name, options) for name in FORECASTERS for options in [{}, *VARIANTS.get(name, [])]]
+CASES = [(name, options | REQUIRED.get(name, {})) for name in FORECASTERS for options in [{}, *VARIANTS.get(name, [])]]
 
 
 def cases(kind: type, *, coordinatewise: bool = False) -> pytest.MarkDecorator:
     chosen = [(name, options) for name, options in CASES if isinstance(create(name, **options), kind)]
     if coordinatewise:
         chosen = [(name, options) for name, options in chosen if not is_joint(create(name, **options))]
-    ids = ["-".join([name, *(f"{key}={value}" for key, value in options.items())]) for name, options in chosen]
+    own = [(name, options.keys() - REQUIRED.get(name, {}).keys()) for name, options in chosen]
+    ids = [
+        "-".join([name, *(f"{key}={value}" for key, value in options.items() if key in keys)])
+        for (name, keys), (_, options) in zip(own, chosen, strict=True)
+    ]
     return pytest.mark.parametrize(("name", "options"), chosen, ids=ids)
 
 
 methods = cases(Forecaster)
 fitted_methods = cases(FittedForecaster)
 solved_methods = cases(SolvedForecaster)
+trained_methods = cases(TrainedForecaster)
 
 
 @methods
@@ -144,7 +161,7 @@ def test_round_trip(name: str, options: dict[str, Any], data: Data) -> None:
     with pytest.raises(StoreError, match=f"{name}: tensor '{first}' is missing"):
         type(forecaster).restore(forecaster.config, problem, {k: t for k, t in tensors.items() if k != first})
     with pytest.raises(StoreError, match=f"{name}: tensor '{first}' has shape"):
-        type(forecaster).restore(forecaster.config, problem, {**tensors, first: tensors[first][:, :0]})
+        type(forecaster).restore(forecaster.config, problem, {**tensors, first: tensors[first].flatten()[:0]})
 
 
 @solved_methods
@@ -189,6 +206,15 @@ def test_memory_budget(name: str, options: dict[str, Any], data: Data) -> None:
         forecaster.sums(data.problem(memory=500))
 
 
+@trained_methods
+def test_memory_budget_of_a_network(name: str, options: dict[str, Any], data: Data) -> None:
+    forecaster = create(name, **options)
+    assert isinstance(forecaster, TrainedForecaster)
+    observed, problem = data.observed(forecaster)
+    with pytest.raises(ResourceError, match=rf"{name}: .* but the budget is 500 B, which allows"):
+        descend(forecaster, replace(problem, memory=500), observed.passes())
+
+
 @methods
 def test_description(name: str, options: dict[str, Any]) -> None:
     forecaster = create(name, **options)
@@ -203,6 +229,21 @@ def test_description(name: str, options: dict[str, Any]) -> None:
     [
         ("linear", {"span": -1}, "span = -1"),
         ("quadratic", {"span": 0}, "span = 0"),
+        ("ema", {"decay": 1.0}, "decay = 1.0"),
+        ("lawa", {"latest": 1}, "latest = 1"),
+        ("dmd", {"rank": -1}, "rank = -1"),
+        ("dmd", {"rank": 2, "modes": "coordinate"}, "rank = 2 is for modes = vector"),
+        ("gfm", {"zeta": -1.0}, "zeta = -1.0"),
+        ("gfm", {"beta": 0.0, "gamma": 0.0, "zeta": 0.0}, "all 0: nothing is left to learn from"),
+        ("gfm", {"steps": 0}, "steps = 0"),
+        ("gfm", {"lr": 0.0}, "lr = 0.0"),
+        ("wnn", {"penalty": -1.0}, "penalty = -1.0"),
+        ("introspection", {"hidden": 0}, "hidden = 0"),
+        ("dlinear", {"window": 4}, "window = 4"),
+        ("lstm", {"epochs": 0}, "epochs = 0"),
+        ("lstm", {"validation": 1.0}, "validation = 1.0"),
+        ("lstm", {"patience": 3}, "patience = 3 needs validation runs"),
+        ("transformer", {"width": 30}, "width = 30 is no multiple of heads = 4"),
         ("lfd2", {"beta": -0.1}, "beta = -0.1"),
         ("lfd2", {"ridge": float("nan")}, "ridge = nan"),
         ("lfd2", {"max_passes": 0}, "max_passes = 0"),

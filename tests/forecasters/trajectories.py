@@ -3,13 +3,22 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from farcli.fitting import solve
-from farcli.forecasters.base import Coupling, FittedForecaster, Forecaster, Prefix, Problem, SolvedForecaster
+from farcli.fitting import descend, solve
+from farcli.forecasters.base import (
+    Coupling,
+    FittedForecaster,
+    Forecaster,
+    Prefix,
+    Problem,
+    SolvedForecaster,
+    TrainedForecaster,
+)
 from farcli.forecasters.table import FORECASTERS
 from farcli.layout import Layout, layout_of
 from farcli.registry import resolve
@@ -24,6 +33,10 @@ LAYOUT = layout_of(
         ("norm.running_mean", (6,), "float32", "buffer"),
     ]
 )
+NINO = str(Path(__file__).with_name("nino_width4.pt"))
+"""A file with tensors named like NiNo's, of width 4, random: `torch.manual_seed(0)`, 0.3 × normal."""
+REQUIRED: dict[str, dict[str, Any]] = {"nino-mlp": {"weights": NINO}}
+"""Options without which a method cannot work."""
 STEPS_C = (0, 20, 35, 40, 60)
 STEPS_H = (80, 100, 130, 160)
 
@@ -60,6 +73,13 @@ class Data:
     def prefix(self) -> Prefix:
         return self.block(range(self.runs), 0, self.layout.size)[0]
 
+    def observed(self, forecaster: Forecaster) -> tuple["Data", Problem]:
+        """What is read for a method, and its problem: the snapshots it looks at."""
+        steps_C = forecaster.observed(self.steps_C)
+        rows = [*(self.steps_C.index(step) for step in steps_C), *range(len(self.steps_C), self.weights_BTD.shape[1])]
+        data = replace(self, steps_C=steps_C, weights_BTD=self.weights_BTD[:, rows])
+        return data, data.problem()
+
     def passes(
         self, cuts: Sequence[int] = (), runs: Sequence[Sequence[int]] | None = None
     ) -> Callable[[], Iterable[tuple[Prefix, Tensor]]]:
@@ -93,8 +113,16 @@ def create(name: str, **options: Any) -> Forecaster:
 
 
 def fitted(data: Data, name: str, **options: Any) -> Forecaster:
-    """The method, fitted on the parameters of all runs where it is fitted at all, on the snapshots it looks at."""
+    """The method, fitted on the parameters of all runs where it is fitted at all, on the snapshots it looks at.
+
+    Those fitted by gradient only begin to: what is tested of all methods holds from the first update.
+    """
     forecaster = create(name, **options)
+    if isinstance(forecaster, TrainedForecaster):
+        forecaster = create(name, **{"epochs": 2, **options})
+        assert isinstance(forecaster, TrainedForecaster)
+        observed, problem = data.observed(forecaster)
+        return descend(forecaster, problem, observed.passes()).forecaster
     if isinstance(forecaster, SolvedForecaster):
         problem = replace(data.problem(), steps_C=forecaster.observed(data.steps_C))
         return solve(forecaster, problem, data.passes())
