@@ -7,9 +7,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from crc32c import crc32c
+from safetensors import SafetensorError
 from torch import Tensor
 
-from farcli.errors import UsageError
+from farcli.errors import StoreError, UsageError
 from farcli.layout import Layout, Role, layout_of
 from farcli.recording.names import Place, is_sharded, tensors_of
 from farcli.recording.plan import Plan
@@ -191,9 +192,9 @@ class Stage:
         return self._sent
 
 
-def moments_of(places: Mapping[str, Place], optimizers: Sequence[Any]) -> list[Place]:
+def moments_of(places: Sequence[Place], optimizers: Sequence[Any]) -> list[Place]:
     """The floating-point state that optimisers keep for each coordinate (Adam's moments), by tensor and key."""
-    names = {id(place.tensor()): name for name, place in places.items()}
+    names = {id(place.tensor()): place.name for place in places}
     found: list[Place] = []
     for optimizer in optimizers:
         for tensor, state in optimizer.state.items():
@@ -204,6 +205,25 @@ def moments_of(places: Mapping[str, Place], optimizers: Sequence[Any]) -> list[P
                 if isinstance(value, Tensor) and value.shape == tensor.shape and value.is_floating_point():
                     found.append(Place(f"{name}.{key}", "parameter", state, key))
     return sorted(found, key=lambda place: place.name.rsplit(".", 1)[1])
+
+
+def read_once(store: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors that a store holds once, under all their names; none where its header tells of none.
+
+    Raises:
+        StoreError: their file is missing or damaged.
+    """
+    from safetensors.torch import load_file
+
+    said = header.get("frozen")
+    if not isinstance(said, Mapping):
+        return {}
+    try:
+        state = load_file(store / str(said["file"]))
+        state.update({str(alias): state[name] for alias, name in said.get("tied", ())})
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise StoreError(f"{store}: {ONCE} is missing or damaged ({error}).") from error
+    return state
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ class Recording:
         self._moments: Background | None = None
         self._moments_picture: Picture | None = None
         self._last: tuple[int, Buffer] | None = None
+        self._groups: list[dict[str, Any]] = []
         self._taken = 0
         self._settled = False
         self.loss: float | None = None
@@ -227,7 +228,8 @@ class Recording:
             elif self._picture.sharded:
                 self._picture.gather()
         finally:
-            del self._places[:]
+            self._places.clear()
+            self._groups.clear()
             self._picture.release()
 
     def close(self, *, finish: bool) -> None:
@@ -285,11 +287,18 @@ class Recording:
         except BaseException:
             sink.put_back(buffer)
             raise
-        buffer.note = {"seconds": round(monotonic() - self._began, 6), "lr": _rates(self.optimizers)}
+        buffer.note = {"seconds": round(monotonic() - self._began, 6), "lr": self._rates()}
         if self.loss is not None:
             buffer.note["loss"] = self.loss
         sink.submit(step, buffer, again=again)
         return buffer
+
+    def _rates(self) -> list[float | None]:
+        """Learning rate of each group; at the end of a function that trains, the optimiser may be gone already."""
+        alive = _independent(self.optimizers)
+        if alive:
+            self._groups = [group for optimizer in alive for group in optimizer.param_groups]
+        return [_rate(group) for group in self._groups]
 
     def _replace_last(self, sink: Background) -> None:
         """Store the weights a training ends with, if they are not those it had after its last step.
@@ -314,10 +323,11 @@ class Recording:
 
     def _take_moments(self, step: int) -> None:
         if self._moments is None:
-            places = moments_of({p.name: p for p in self._places}, self.optimizers)
+            places = moments_of([p for p in self._places if self._plan.selects(p.name)], self.optimizers)
             if not places:
                 return  # before the first step there are none
-            self._moments_picture = picture = Picture(places, [], self._plan_of_moments(), everything=True)
+            plan = Plan(output=self._plan.output)
+            self._moments_picture = picture = Picture(places, [], plan, everything=True)
             assert self._sink is not None
             writer = TrajectoryWriter.create(
                 self._sink.writer.home / MOMENTS,
@@ -330,9 +340,6 @@ class Recording:
             self._moments = Background(writer, picture.buffers, self.fail)
         assert self._moments_picture is not None
         self._submit(self._moments, self._moments_picture, step)
-
-    def _plan_of_moments(self) -> Plan:
-        return Plan(output=self._plan.output, params=())
 
     # ------------------------------------------------------------------ store
 
@@ -465,15 +472,12 @@ def _independent(optimizers: Sequence[Any]) -> list[Any]:
     return found
 
 
-def _rates(optimizers: Sequence[Any]) -> list[float]:
-    """Learning rate of each group; those that live on a device are not waited for."""
-    rates = []
-    for optimizer in _independent(optimizers):
-        for group in optimizer.param_groups:
-            rate = group.get("lr")
-            on_device = isinstance(rate, torch.Tensor) and rate.device.type != "cpu"
-            rates.append(float("nan") if rate is None or on_device else float(rate))
-    return rates
+def _rate(group: Mapping[str, Any]) -> float | None:
+    """A group's learning rate; one that lives on a device is not waited for."""
+    rate = group.get("lr")
+    if rate is None or (isinstance(rate, torch.Tensor) and rate.device.type != "cpu"):
+        return None
+    return float(rate)
 
 
 def process_rank() -> int:

@@ -10,6 +10,7 @@ from farcli import weights
 from farcli.errors import UsageError
 from farcli.files import refuse_existing, write_file
 from farcli.provenance import provenance
+from farcli.recording.picture import read_once
 from farcli.store import Trajectory
 
 
@@ -63,7 +64,7 @@ def export(
         )
     vector = torch.from_numpy(trajectory.read([run], [step])[0, 0])
     integers = torch.from_numpy(trajectory.integers(run, step))
-    state = weights.unflatten(vector, integers, trajectory.layout)
+    state = weights.unflatten(vector, integers, trajectory.layout) | read_once(trajectory.path, trajectory.header)
     header = {
         "store": str(trajectory.path),
         "id": trajectory.id,
@@ -73,7 +74,7 @@ def export(
         "provenance": provenance(),
     }
     # Each alias gets memory of its own: safetensors refuses shared tensors, strict loading wants every name.
-    aliases = {alias for alias, _ in trajectory.layout.tied}
+    aliases = {alias for alias, _ in (*trajectory.layout.tied, *trajectory.header.get("frozen", {}).get("tied", ()))}
     tensors = {name: tensor.clone() if name in aliases else tensor.contiguous() for name, tensor in state.items()}
     data = save(tensors, metadata={"format": "pt", "farcli": json.dumps(header)})
     write_file(output, data, replace=replace)

@@ -1,0 +1,270 @@
+"""Recording under launchers and other people's loops: real ones, one process group at a time."""
+
+import sys
+
+import pytest
+
+from tests.recording.conftest import same
+
+pytestmark = pytest.mark.slow
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+
+DDP = """
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    dist.init_process_group("gloo")
+    torch.manual_seed(dist.get_rank())
+    model = DistributedDataParallel(net())
+    train(model, torch.optim.Adam(model.parameters(), lr=0.01), 7)
+    if dist.get_rank() == 0:
+        torch.save(model.module.state_dict(), "final.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+FSDP = """
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    dist.init_process_group("gloo")
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model[0], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train(model, torch.optim.Adam(model.parameters(), lr=0.01), 7)
+    whole = {name: tensor.full_tensor() for name, tensor in model.state_dict().items()}
+    if dist.get_rank() == 0:
+        torch.save(whole, "final.pt")
+    DESTROY
+"""
+
+
+def test_torchrun_ddp(bench):
+    bench.write(DDP)
+    plain = bench.plain(*TORCHRUN)
+    assert plain.code == 0, plain.err
+    ran = bench.record("--every", 3, command=TORCHRUN)
+    assert ran.code == 0
+    assert not ran.said
+    assert sorted(ran.out.splitlines()) == sorted(plain.out.splitlines())
+    assert ran.store().steps == [0, 3, 6, 7]
+    assert same(ran.state(), ran.saved())
+    assert not (bench.folder / "run-2.zarr").exists()
+
+
+@pytest.mark.parametrize("destroy", ["dist.destroy_process_group()", ""])
+def test_torchrun_fully_shard(bench, destroy):
+    bench.write(FSDP.replace("DESTROY", destroy))
+    plain = bench.plain(*TORCHRUN)
+    assert plain.code == 0, plain.err
+    ran = bench.record("--every", 3, command=TORCHRUN)
+    assert ran.code == 0, ran.err
+    assert not ran.said
+    assert sorted(ran.out.splitlines()) == sorted(plain.out.splitlines())
+    assert ran.store().steps == [0, 3, 6, 7]
+    assert same(ran.state(), ran.saved())
+
+
+def test_torchrun_fully_shard_with_a_full_disk_on_the_writing_rank_does_not_hang(bench):
+    text = FSDP.replace("DESTROY", "dist.destroy_process_group()").replace("(6, 9)", "(6, 90000)")
+    text = text.replace("(9, 3)", "(90000, 3)").replace("lr=0.01), 7)", "lr=1e-4), 7, full)")
+    bench.write(
+        """
+    import resource
+    def full(step):
+        if step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    """
+        + text.replace('torch.save(whole, "final.pt")', 'print("done")')
+    )
+    ran = bench.record("--every", 3, command=TORCHRUN)
+    assert ran.code == 0, ran.err
+    assert "done" in ran.out
+    assert len(ran.said) == 1
+    assert ran.store(partial=True).steps == [0, 3]
+
+
+def test_spawned_ddp(bench):
+    bench.write("""
+    def work(rank):
+        import os
+        import torch.distributed as dist
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29613")
+        dist.init_process_group("gloo", rank=rank, world_size=2)
+        model = nn.parallel.DistributedDataParallel(net())
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 5)
+        if rank == 0:
+            torch.save(model.module.state_dict(), "final.pt")
+        dist.destroy_process_group()
+    if __name__ == "__main__":
+        torch.multiprocessing.spawn(work, nprocs=2)
+    """)
+    ran = bench.record("--every", 2)
+    assert ran.code == 0, ran.err
+    assert not ran.said
+    assert ran.store().steps == [0, 2, 4, 5]
+    assert same(ran.state(), ran.saved())
+
+
+@pytest.mark.parametrize("what", ["model", "step", "both"])
+def test_torch_compile(bench, what):
+    bench.write(f"""
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    compiled = torch.compile(model, backend="eager") if {what!r} != "step" else model
+    class Compiled:
+        param_groups, zero_grad = optimizer.param_groups, optimizer.zero_grad
+        step = staticmethod(torch.compile(lambda: optimizer.step(), backend="eager"))
+    train(compiled, optimizer if {what!r} == "model" else Compiled())
+    torch.save(model.state_dict(), "final.pt")
+    """)
+    plain = bench.plain()
+    assert plain.code == 0, plain.err
+    ran = bench.record("--every", 5)
+    assert (ran.code, ran.out, ran.said) == (0, plain.out, [])
+    assert ran.store().steps == [0, 5, 10, 12]
+    assert same(ran.state(), ran.saved())
+
+
+def test_accelerate_launch(bench):
+    pytest.importorskip("accelerate")
+    bench.write("""
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = net()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    for step in range(10):
+        with accelerator.accumulate(model):
+            loss = nn.functional.cross_entropy(model(x), y)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        print(repr(loss.item()))
+    if accelerator.is_main_process:
+        torch.save(accelerator.unwrap_model(model).state_dict(), "final.pt")
+    """)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "train.py"]
+    plain = bench.plain(*command)
+    assert plain.code == 0, plain.err
+    ran = bench.record("--every", 2, command=command)
+    assert (ran.code, ran.out, ran.said) == (0, plain.out, [])
+    assert ran.store().steps == [0, 2, 4, 5]
+    assert same(ran.state(), ran.saved())
+
+
+HF = """
+    import os
+    from transformers import PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+    class Model(PreTrainedModel):
+        config_class = PretrainedConfig
+        def __init__(self, config):
+            super().__init__(config)
+            self.net = net()
+            self.post_init()
+        def _init_weights(self, module):
+            pass
+        def forward(self, input, labels=None):
+            out = self.net(input)
+            return {"loss": nn.functional.cross_entropy(out, labels), "logits": out}
+    model = Model(PretrainedConfig())
+    data = [{"input": a, "labels": b} for a, b in zip(x, y)]
+    args = TrainingArguments("out", per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=9,
+        use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", disable_tqdm=True, seed=1)
+    callbacks = []
+    CALLBACK
+    Trainer(model, args, train_dataset=data, callbacks=callbacks).train()
+    torch.save(model.state_dict(), "final.pt")
+"""
+
+
+def losses(text):
+    return [line.split("'grad_norm'")[0] for line in text.splitlines() if "loss" in line]
+
+
+def test_transformers_trainer(bench):
+    pytest.importorskip("transformers")
+    bench.write(HF.replace("CALLBACK", ""))
+    plain = bench.plain()
+    assert plain.code == 0, plain.err
+    ran = bench.record("--every", 4)
+    assert (ran.code, ran.said) == (0, [])
+    assert losses(ran.out) == losses(plain.out)
+    assert ran.store().steps == [0, 4, 8, 9]
+    assert same(ran.state(), ran.saved())
+
+
+def test_transformers_callback(bench):
+    pytest.importorskip("transformers")
+    callback = """from farcli.integrations.transformers import RecorderCallback
+    callbacks = [RecorderCallback("run.zarr", every=4)]"""
+    bench.write(HF.replace("CALLBACK", callback))
+    from tests.recording.conftest import Ran
+
+    done = bench.plain()
+    assert done.code == 0, done.err
+    ran = Ran(bench.folder, done.code, done.out, done.err)
+    assert ran.store().steps == [0, 4, 8, 9]
+    assert same(ran.state(), ran.saved())
+
+
+LIGHTNING = """
+    import logging, os, warnings
+    warnings.filterwarnings("ignore")
+    import lightning as L
+    class Model(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+        def training_step(self, batch, index):
+            loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            print(repr(loss.item()))
+            return loss
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 16, shuffle=True)
+    callbacks = []
+    CALLBACK
+    model = Model()
+    trainer = L.Trainer(max_steps=7, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=callbacks,
+        enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2)
+    trainer.fit(model, data)
+    torch.save(model.state_dict(), "final.pt")
+"""
+
+
+def test_lightning(bench):
+    pytest.importorskip("lightning")
+    bench.write(LIGHTNING.replace("CALLBACK", ""))
+    plain = bench.plain()
+    assert plain.code == 0, plain.err
+    ran = bench.record("--every", 4)
+    assert (ran.code, ran.out, ran.said) == (0, plain.out, [])
+    assert ran.store().steps == [0, 4, 7]
+    assert same(ran.state(), ran.saved())
+
+
+def test_lightning_callback(bench):
+    pytest.importorskip("lightning")
+    callback = """from farcli.integrations.lightning import RecorderCallback
+    callbacks = [RecorderCallback("run.zarr", every=4)]"""
+    bench.write(LIGHTNING.replace("CALLBACK", callback))
+    from tests.recording.conftest import Ran
+
+    done = bench.plain()
+    assert done.code == 0, done.err
+    ran = Ran(bench.folder, done.code, done.out, done.err)
+    assert ran.store().steps == [0, 4, 7]
+    assert same(ran.state(), ran.saved())
+
+
+def test_a_zero_redundancy_optimizer_counts_once(bench):
+    bench.write(
+        DDP.replace(
+            "torch.optim.Adam(model.parameters(), lr=0.01)",
+            "torch.distributed.optim.ZeroRedundancyOptimizer(model.parameters(), torch.optim.Adam, lr=0.01)",
+        )
+    )
+    ran = bench.record("--every", 3, command=TORCHRUN)
+    assert ran.code == 0, ran.err
+    assert ran.store().steps == [0, 3, 6, 7]
+    assert same(ran.state(), ran.saved())
