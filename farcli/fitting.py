@@ -83,8 +83,8 @@ def _not_finite(problem: Problem, passes: Passes) -> NonFiniteError:
 
 # ------------------------------------------------------------------ by gradient
 
-_STATES = 5
-"""Copies of a network's parameters that a fit holds: themselves, gradient, Adam's two moments, the best state."""
+_STATES = 6
+"""Copies of a network that a fit holds: itself, its gradient, Adam's two moments, best and latest state."""
 _NOISE = 0x5EED
 """Added to the seed of the random numbers that the validation loss is measured with, the same every epoch."""
 _INDEX = 24
@@ -191,7 +191,7 @@ def _descend(
     report: Callable[[float, float, str], None],
 ) -> Fitted[TrainedT]:
     options = forecaster.config
-    optimizer = torch.optim.Adam(network.parameters(), lr=options.lr)
+    optimizer = torch.optim.Adam(network.parameters(), lr=options.lr, fused=True)
     total = options.epochs * examples.updates
     total = min(total, options.updates) if options.updates else total
     best = _Best(network)
@@ -200,6 +200,7 @@ def _descend(
     done, last = 0, float("nan")
     while done < total:
         network.train()
+        before = _state(network)
         sum_of_losses, count = 0.0, 0
         for prefix, truth_NHK in examples.epoch(generator):
             optimizer.zero_grad(set_to_none=True)
@@ -223,7 +224,8 @@ def _descend(
             network.eval()
             judged.append(_validation_loss(forecaster, problem, examples))
             text += f", validation {judged[-1]:.4g}"
-        best.see(judged[-1] if validated else losses[-1], len(losses))
+        # A training loss is that of the state before the updates, a validation loss that of the one after.
+        best.see(*((judged[-1], _state(network)) if validated else (losses[-1], before)), len(losses))
         report(done, total, text)
         if options.patience and len(losses) - best.epoch >= options.patience:
             break
@@ -241,6 +243,10 @@ def _descend(
     )
 
 
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in network.state_dict().items()}
+
+
 class _Best:
     """The state of a network at its lowest loss so far."""
 
@@ -250,10 +256,9 @@ class _Best:
         self.loss = float("inf")
         self.epoch = 0
 
-    def see(self, loss: float, epoch: int) -> None:
+    def see(self, loss: float, state: dict[str, Tensor], epoch: int) -> None:
         if loss < self.loss:
-            self.loss, self.epoch = loss, epoch
-            self._state = {key: value.detach().clone() for key, value in self.network.state_dict().items()}
+            self.loss, self._state, self.epoch = loss, state, epoch
 
     def restore(self) -> None:
         self.network.load_state_dict(self._state)

@@ -203,7 +203,7 @@ def conditional_flow(
     Returns:
         w(t) and its target, both [B, D], and whether t is in the prefix, [B].
     """
-    last = len(times_N) - 2
+    last = len(times_N) - 2  # index of w_n, and of the tail's piece
     piece_B = (torch.searchsorted(times_N, time_B, right=True) - 1).clamp(0, last)
     early_B = piece_B < last
     rows_B = torch.arange(len(time_B), device=time_B.device)
