@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from farcli.store.metadata import DOCUMENT
+from farcli.store.packing import Packed, pack
 from farcli.store.trajectory import Problem, Trajectory
 from farcli.store.writer import ColumnSink, TrajectoryWriter
 
-__all__ = ["ColumnSink", "Problem", "Trajectory", "TrajectoryWriter", "is_store"]
+__all__ = ["ColumnSink", "Packed", "Problem", "Trajectory", "TrajectoryWriter", "is_store", "pack"]
 
 
 def is_store(path: str | Path) -> bool:

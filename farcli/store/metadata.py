@@ -21,6 +21,7 @@ import numpy as np
 
 from farcli.errors import DamagedError, StoreError
 from farcli.layout import Layout
+from farcli.store.codecs import Decode, decoder
 
 SCHEMA = 1
 KEY = "farcli"
@@ -28,6 +29,7 @@ DOCUMENT = "zarr.json"
 DIMENSIONS = ("run", "step", "parameter")
 INTEGER_DIMENSIONS = ("run", "step", "integer")
 FLOATS = ("float32", "float64", "float16")
+LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 _RESERVED = ("schema", "kind", "layout", "runs", "planned_steps", "steps")
 _LARGEST = 2**62
 """Bytes an array can sensibly declare; beyond it index arithmetic would overflow."""
@@ -44,7 +46,8 @@ class ArrayMetadata:
         inner: shape of the part that is decoded and checked at once; equals `outer` unless sharded.
         sharded: whether a file holds several inner chunks and an index.
         separator: between the numbers in a chunk's file name.
-        native: whether files hold plain little-endian bytes with a CRC-32C, which we read ourselves.
+        native: whether we read the files ourselves: chunks with a CRC-32C, plain or in a codec of `pack`.
+        decode: how a chunk is decoded; None for plain little-endian bytes, and where it is not ours to read.
         attributes: the array's attributes.
         document: the whole document.
     """
@@ -56,6 +59,7 @@ class ArrayMetadata:
     sharded: bool
     separator: str
     native: bool
+    decode: Decode | None
     attributes: dict[str, Any]
     document: dict[str, Any]
 
@@ -130,8 +134,9 @@ def array_document(
     inner: Sequence[int] | None,
     dimensions: Sequence[str],
     attributes: dict[str, Any] | None = None,
+    chain: Sequence[dict[str, Any]] = (LITTLE,),
 ) -> dict[str, Any]:
-    """The `zarr.json` of an array in one of the two layouts we write.
+    """The `zarr.json` of an array in one of the layouts we write.
 
     Args:
         shape: of the array.
@@ -140,13 +145,14 @@ def array_document(
         inner: shape of the inner chunks of a sharded array, or None.
         dimensions: names of the axes.
         attributes: attributes of the array.
+        chain: codecs of a chunk, before its checksum.
     """
-    codecs: list[dict[str, Any]] = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    codecs: list[dict[str, Any]] = [*chain, {"name": "crc32c"}]
     if inner is not None:
         sharding = {
             "chunk_shape": list(inner),
             "codecs": codecs,
-            "index_codecs": codecs,
+            "index_codecs": [LITTLE, {"name": "crc32c"}],
             "index_location": "end",
         }
         codecs = [{"name": "sharding_indexed", "configuration": sharding}]
@@ -269,7 +275,7 @@ def parse_array(document: dict[str, Any], name: str, dimensions: Sequence[str], 
         outer = _lengths(grid["configuration"]["chunk_shape"], 1)
         data_type = document["data_type"]
         names = document.get("dimension_names")
-        inner, native = _codecs(document["codecs"], outer)
+        inner, native, decode = _codecs(document["codecs"], outer)
         encoding = document["chunk_key_encoding"]
         separator = encoding.get("configuration", {}).get("separator", "/" if encoding["name"] == "default" else ".")
         native &= encoding["name"] == "default" and not document.get("storage_transformers")
@@ -296,6 +302,7 @@ def parse_array(document: dict[str, Any], name: str, dimensions: Sequence[str], 
         sharded=inner != outer or _names(document["codecs"])[:1] == ["sharding_indexed"],
         separator=separator,
         native=native,
+        decode=decode if native else None,
         attributes=document.get("attributes") or {},
         document=document,
     )
@@ -318,17 +325,17 @@ def _is_plain(codecs: Any) -> bool:
     return isinstance(codecs[0], dict) and codecs[0].get("configuration", {}).get("endian") == "little"
 
 
-def _codecs(codecs: Any, outer: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
-    """Shape of the inner chunks, and whether the chain is one we read ourselves."""
+def _codecs(codecs: Any, outer: tuple[int, ...]) -> tuple[tuple[int, ...], bool, Decode | None]:
+    """Shape of the inner chunks, whether the chain is one we read ourselves, and how a chunk is decoded."""
     if _names(codecs) == ["sharding_indexed"]:
         sharding = codecs[0]["configuration"]
-        native = (
-            _is_plain(sharding["codecs"])
-            and _is_plain(sharding["index_codecs"])
-            and sharding.get("index_location", "end") == "end"
-        )
-        return _lengths(sharding["chunk_shape"], 1), native
-    return outer, _is_plain(codecs)
+        inner, readable, decode = _codecs(sharding["codecs"], _lengths(sharding["chunk_shape"], 1))
+        indexed = _is_plain(sharding["index_codecs"]) and sharding.get("index_location", "end") == "end"
+        return inner, readable and indexed, decode
+    if _is_plain(codecs):
+        return outer, True, None
+    decode = decoder(codecs[:-1]) if _names(codecs)[-1:] == ["crc32c"] else None
+    return outer, decode is not None, decode
 
 
 def read_record(store: Path, *, finished: bool) -> Record:

@@ -1,8 +1,9 @@
-"""Reading and writing the two layouts farcli writes, straight from and to files.
+"""Reading and writing the layouts farcli writes, straight from and to files.
 
-Both are standard Zarr v3: files of plain chunks (`bytes`, `crc32c`), and files of one shard
+All are standard Zarr v3: files of plain chunks (`bytes`, `crc32c`), and files of one shard
 (`sharding_indexed` with `bytes`, `crc32c` inside and an index `bytes`, `crc32c` at the end). Libraries read
-and write this pattern several times slower than the file system (STORAGE.md, 2). Every byte that is
+and write this pattern several times slower than the file system (STORAGE.md, 2). Packed stores have the same two
+forms with a codec of `farcli.store.codecs` in place of plain bytes. Every byte that is
 returned has passed its checksum, and what is missing is an error, never a fill value.
 """
 
@@ -28,6 +29,7 @@ _ENTRY = 16
 _ABSENT = 2**64 - 1
 _BATCH_BYTES = 1 << 20
 """Bytes of chunks fetched by one call: few calls, and still in the cache when they are checked."""
+_MOST_INDICES = 64
 _MOST_CHUNKS = 256
 """Chunks fetched by one call; the system refuses more than IOV_MAX = 1024 buffers."""
 _PIECE_BYTES = 2 << 20
@@ -61,6 +63,8 @@ class NativeArray:
         self._batch = max(1, min(_MOST_CHUNKS, _BATCH_BYTES // metadata.chunk_bytes))
         # Shards whose index is known to say "one chunk behind the other"; they are never changed once committed.
         self._in_order: set[str] = set()
+        self._indices: dict[str, np.ndarray] = {}
+        """Indices of packed shards."""
 
     def read(self, runs: Sequence[int], steps: Sequence[int], start: int, stop: int, out: np.ndarray) -> None:
         """Read a selection into `out`, verified.
@@ -77,7 +81,7 @@ class NativeArray:
         """
         if stop <= start:
             return
-        if self.metadata.inner[:2] == (1, 1):
+        if self.metadata.inner[:2] == (1, 1) and self.metadata.decode is None:
             piece = self._piece
             bounds = range(start - start % piece, stop, piece)
             parts = [(max(start, bound), min(bound + piece, stop)) for bound in bounds]
@@ -122,10 +126,12 @@ class NativeArray:
             raise self._damaged(cell, key, f"cannot be read ({error.strerror})") from error
         try:
             size = os.fstat(fd).st_size
-            least = self._index_bytes if self.metadata.sharded else self.metadata.chunk_bytes + _CRC
-            if size < least or (size > least and not self.metadata.sharded):
+            least = _CRC + 1 if self.metadata.decode else self.metadata.chunk_bytes + _CRC
+            least = self._index_bytes if self.metadata.sharded else least
+            exact = not self.metadata.sharded and self.metadata.decode is None
+            if size < least or (size > least and exact):
                 found = "is empty" if size == 0 else f"has {size} bytes"
-                raise self._damaged(cell, key, f"{found}, expected {least}" + " or more" * self.metadata.sharded)
+                raise self._damaged(cell, key, f"{found}, expected {least}" + " or more" * (not exact))
             yield fd, size, key
         finally:
             os.close(fd)
@@ -134,30 +140,38 @@ class NativeArray:
     def _index_bytes(self) -> int:
         return prod(self._per_file) * _ENTRY + _CRC
 
-    def _place(self, fd: int, size: int, key: str, inner: tuple[int, ...], cell: tuple[int, int]) -> int:
-        """Offset in its file of an inner chunk, given by its coordinates within the file."""
+    def _place(self, fd: int, size: int, key: str, inner: tuple[int, ...], cell: tuple[int, int]) -> tuple[int, int]:
+        """Offset in its file, and length with its checksum, of an inner chunk, given by its coordinates within it."""
+        packed = self.metadata.decode is not None
+        stride = self.metadata.chunk_bytes + _CRC
         if not self.metadata.sharded:
-            return 0
+            return 0, size if packed else stride
         per_file = self._per_file
         number = (inner[0] * per_file[1] + inner[1]) * per_file[2] + inner[2]
-        stride = self.metadata.chunk_bytes + _CRC
         if key in self._in_order:
-            return number * stride
-        raw = bytearray(self._index_bytes)
-        self._fill(fd, [memoryview(raw)], size - len(raw), cell, key)
-        if crc32c(memoryview(raw)[:-_CRC]).to_bytes(_CRC, "little") != raw[-_CRC:]:
-            raise self._damaged(cell, key, "has an index that fails its checksum")
-        index = np.frombuffer(raw, "<u8", count=2 * prod(per_file)).reshape(-1, 2)
+            return number * stride, stride
+        index = self._indices.get(key)
+        end = size - self._index_bytes
+        if index is None:
+            raw = bytearray(self._index_bytes)
+            self._fill(fd, [memoryview(raw)], end, cell, key)
+            if crc32c(memoryview(raw)[:-_CRC]).to_bytes(_CRC, "little") != raw[-_CRC:]:
+                raise self._damaged(cell, key, "has an index that fails its checksum")
+            index = np.frombuffer(raw, "<u8", count=2 * prod(per_file)).reshape(-1, 2)
         offset, length = (int(value) for value in index[number])
         if offset == length == _ABSENT:
             raise self._damaged(cell, key, f"lacks its part {number}")
-        if length != stride or offset + length > size - len(raw):
+        if (length <= _CRC if packed else length != stride) or offset + length > end:
             raise self._damaged(cell, key, f"declares {length} bytes at {offset} for its part {number}")
-        if size == len(index) * stride + len(raw) and np.array_equal(
+        if packed:
+            if len(self._indices) >= _MOST_INDICES:
+                self._indices.clear()
+            self._indices[key] = index
+        elif end == len(index) * stride and np.array_equal(
             index, np.frombuffer(_index(len(index), stride), "<u8", count=index.size).reshape(-1, 2)
         ):
             self._in_order.add(key)
-        return offset
+        return offset, length
 
     def _fill(self, fd: int, views: Sequence[memoryview], offset: int, cell: tuple[int, int], key: str) -> None:
         """Fill buffers from a file, wholly."""
@@ -207,7 +221,7 @@ class NativeArray:
             with self._open(file, (run, step)) as (fd, file_size, key):
                 chunk, end = max(first, part * per_file[2]), min(last + 1, (part + 1) * per_file[2])
                 while chunk < end:
-                    offset = self._place(fd, file_size, key, (*inner, chunk % per_file[2]), (run, step))
+                    offset, _ = self._place(fd, file_size, key, (*inner, chunk % per_file[2]), (run, step))
                     low, high = chunk * width, (chunk + 1) * width
                     if start <= low and high <= stop:
                         most = min(end, stop // width, chunk + self._batch) - chunk if key in self._in_order else 1
@@ -233,23 +247,74 @@ class NativeArray:
                 raise self._damaged(cell, key, f"fails its checksum (at byte {offset + i * (size + _CRC)})")
 
     def _read_boxes(self, runs: Sequence[int], steps: Sequence[int], start: int, stop: int, out: np.ndarray) -> None:
-        """Read chunks that hold several runs or steps, and pick the cells."""
-        meta = self.metadata
-        width = meta.inner[2]
-        scratch = np.empty(meta.inner, meta.dtype)
-        body, trailer = scratch.data.cast("B"), memoryview(bytearray(_CRC))
-        for a, (to_run, from_run) in group(runs, meta.inner[0]).items():
-            for b, (to_step, from_step) in group(steps, meta.inner[1]).items():
-                cell = (runs[to_run[0]], steps[to_step[0]])
-                for c in range(start // width, (stop - 1) // width + 1):
-                    per_file = self._per_file
-                    file = (a // per_file[0], b // per_file[1], c // per_file[2])
-                    inner = (a % per_file[0], b % per_file[1], c % per_file[2])
-                    with self._open(file, cell) as (fd, size, key):
-                        self._fetch(fd, (body, trailer), self._place(fd, size, key, inner, cell), cell, key)
-                    low, high = max(start, c * width), min(stop, (c + 1) * width)
-                    picked = scratch[..., low - c * width : high - c * width][np.ix_(from_run, from_step)]
-                    out[..., low - start : high - start][np.ix_(to_run, to_step)] = picked
+        """Read chunks that hold several runs or steps, or are packed, and pick the cells."""
+        width = self.metadata.inner[2]
+        boxes = [
+            (a, b, c)
+            for a in group(runs, self.metadata.inner[0]).items()
+            for b in group(steps, self.metadata.inner[1]).items()
+            for c in range(start // width, (stop - 1) // width + 1)
+        ]
+
+        def read(some: Sequence[tuple[_Group, _Group, int]]) -> None:
+            scratch = np.empty(self.metadata.inner, self.metadata.dtype)
+            for (a, (to_run, from_run)), (b, (to_step, from_step)), c in some:
+                low, high = max(start, c * width), min(stop, (c + 1) * width)
+                target = out[..., low - start : high - start]
+                whole = target.shape == scratch.shape and from_run == to_run and from_step == to_step
+                if whole and target.flags.c_contiguous:  # as it lies in memory
+                    self._read_box(a, b, c, (runs[0], steps[0]), target)
+                    continue
+                self._read_box(a, b, c, (runs[to_run[0]], steps[to_step[0]]), scratch)
+                rows = scratch[..., low - c * width : high - c * width]
+                _assign(target, to_run, to_step, rows, from_run, from_step)
+
+        run_all(read, boxes)
+
+    def _read_box(self, a: int, b: int, c: int, cell: tuple[int, int], out: np.ndarray) -> None:
+        """Read, check and decode one inner chunk, given by its number along each axis."""
+        per_file, decode = self._per_file, self.metadata.decode
+        file = (a // per_file[0], b // per_file[1], c // per_file[2])
+        inner = (a % per_file[0], b % per_file[1], c % per_file[2])
+        with self._open(file, cell) as (fd, size, key):
+            offset, length = self._place(fd, size, key, inner, cell)
+            if decode is None:
+                body = out.data.cast("B")
+                self._fetch(fd, (body, memoryview(bytearray(_CRC))), offset, cell, key)
+                return
+            data = np.empty(length, np.uint8).data  # not a bytearray, which would be filled with zeros first
+            body = data[:-_CRC]
+            self._fetch(fd, (body, data[-_CRC:]), offset, cell, key)
+        try:
+            decode(body, out)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise self._damaged(cell, key, f"cannot be decoded ({error})") from error
+
+
+def _assign(
+    target: np.ndarray,
+    to_run: list[int],
+    to_step: list[int],
+    rows: np.ndarray,
+    from_run: list[int],
+    from_step: list[int],
+) -> None:
+    """Copy cells of a chunk to where they were asked for: by slices, which cost one call, wherever they are."""
+    cut = [_as_slice(indices) for indices in (to_run, to_step, from_run, from_step)]
+    if all(part is not None for part in cut):
+        target[cut[0], cut[1]] = rows[cut[2], cut[3]]
+        return
+    for to, at in zip(to_run, from_run, strict=True):
+        for later, earlier in zip(to_step, from_step, strict=True):
+            target[to, later] = rows[at, earlier]
+
+
+def _as_slice(indices: list[int]) -> slice | None:
+    whole = indices == list(range(indices[0], indices[0] + len(indices)))
+    return slice(indices[0], indices[0] + len(indices)) if whole else None
+
+
+_Group = tuple[int, tuple[list[int], list[int]]]
 
 
 def _readv_at(fd: int, views: Sequence[memoryview], offset: int) -> int:

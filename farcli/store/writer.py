@@ -67,14 +67,14 @@ def choose_chunks(
     """
     row = max(1, coordinates) * itemsize
     if row >= BIG_BYTES:
-        width = _equal_parts(coordinates, _INNER)
+        width = equal_parts(coordinates, _INNER)
         return 1, 1, -(-width // _INNER_MULTIPLE) * _INNER_MULTIPLE
-    per_run = _equal_parts(runs, max(1, _MOST_CHUNK_BYTES // row)) if lockstep else 1
-    steps = _equal_parts(planned or _UNPLANNED_STEPS, max(1, _CHUNK_BYTES // (per_run * row)))
+    per_run = equal_parts(runs, max(1, _MOST_CHUNK_BYTES // row)) if lockstep else 1
+    steps = equal_parts(planned or _UNPLANNED_STEPS, max(1, _CHUNK_BYTES // (per_run * row)))
     return per_run, steps, max(1, coordinates)
 
 
-def _equal_parts(count: int, most: int) -> int:
+def equal_parts(count: int, most: int) -> int:
     """The size of the fewest equal parts of `count` that are no larger than `most`."""
     return -(-count // -(-count // most))
 
@@ -201,7 +201,7 @@ class TrajectoryWriter:
             inner=chunk if sharded else None,
             dimensions=DIMENSIONS,
         )
-        exists = _check_target(path, replace=replace)
+        exists = check_target(path, replace=replace)
         home = disk.staging_path(path) if staged or exists else path
         weights = parse_array(document, "weights", DIMENSIONS, path)
         if home != path and home.exists():
@@ -413,7 +413,7 @@ class TrajectoryWriter:
         self._release()
         if self._home != self.path:
             try:
-                _check_target(self.path, replace=self._replace)
+                check_target(self.path, replace=self._replace)
                 disk.put_in_place(self._home, self.path)
                 if self._fsync:
                     disk.sync_folder(self.path.parent)
@@ -605,7 +605,7 @@ def _checked_chunk(chunk: tuple[int, int, int] | None, coordinates: int) -> tupl
     return chunk[0], chunk[1], min(chunk[2], max(coordinates, 1))
 
 
-def _check_target(path: Path, *, replace: bool) -> bool:
+def check_target(path: Path, *, replace: bool) -> bool:
     """Whether something to be replaced is at `path`.
 
     Raises:
@@ -659,7 +659,12 @@ def _is_ours(path: Path) -> bool:
 def _check_growth(metadata: ArrayMetadata, path: Path) -> None:
     """Refuse arrays whose files are not laid out as we write them."""
     one_file_wide = metadata.outer[2] >= metadata.shape[2] and metadata.separator == "."
-    if not (metadata.native and one_file_wide and (not metadata.sharded or metadata.outer[:2] == (1, 1))):
+    if not (
+        metadata.native
+        and metadata.decode is None
+        and one_file_wide
+        and (not metadata.sharded or metadata.outer[:2] == (1, 1))
+    ):
         raise StoreError(f"{path}: was rewritten since it was recorded (packed or rechunked) and cannot grow.")
 
 

@@ -115,7 +115,7 @@ OTHER_LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "v2 names": {"chunks": (1, 7, 128), "codecs": PLAIN, "chunk_key_encoding": ("v2", ".")},
 }
-NATIVE = {"same shards", "shards over time", "one-row parts in shards over runs", "plain with crc", "folders"}
+NATIVE = {"same shards", "shards over time", "one-row parts in shards over runs", "plain with crc", "folders", "blosc"}
 
 
 def rewrite(store: Path, target: Path, **layout: Any) -> Path:
