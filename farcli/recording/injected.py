@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _EXIT_SECONDS = 20.0
 """How long processes with sharded weights wait for each other at the end."""
+_ROOT_SPEAKS = "FARCLI_RECORD_ROOT_SPEAKS"
+"""Environment variable that tells processes of a command that the first one will say if nothing was recorded."""
 _session: "Session | None" = None
 
 
@@ -52,6 +54,7 @@ def install(module: Any) -> None:
 def watch_root() -> None:
     """This process is the command itself: if nothing is recorded, it is the one to say so."""
     _the_session().is_root = True
+    os.environ[_ROOT_SPEAKS] = "1"
 
 
 def watch_process_group(module: Any) -> None:
@@ -268,8 +271,7 @@ class Session:
         self._careful_at_end(finish=not crashed)
         self._off = True
         if not self._recorded and not self._fatal and self._should_speak():
-            what = "no optimiser ran" if self.torch_is_here else "torch.optim was never imported"
-            say(f"{what}: nothing was recorded, {self.plan.output} was not written.")
+            say(f"no optimiser ran: nothing was recorded, {self.plan.output} was not written.")
             self._fatal = True
 
     def _careful_at_end(self, *, finish: bool) -> None:
@@ -282,7 +284,7 @@ class Session:
         """Whether it is for this process to say that nothing was recorded."""
         if not self.is_root:
             helper = "multiprocessing.spawn" in sys.modules and _is_child()
-            if helper or not self.torch_is_here or int(os.environ.get("RANK") or 0) > 0:
+            if helper or not self.torch_is_here or os.environ.get(_ROOT_SPEAKS):
                 return False
         stem, suffix = os.path.splitext(self.plan.output)
         pattern = glob.escape(stem).replace("{rank}", "*") + "*" + glob.escape(suffix)
