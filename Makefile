@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow format lint types imports check constraints clean
+.PHONY: help install demo gfm-table1 test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -52,6 +52,16 @@ $(DEMO)/forecast.png: $(DEMO)/forecast.zarr/zarr.json
 demo: $(DEMO)/forecast.png  ## Record, fit, forecast and weigh a real network; prints a table and a picture's path
 	@$(FARCLI) eval $(DEMO)/forecast.zarr $(DIGITS) --format table
 	@echo "picture: $(CURDIR)/$(DEMO)/forecast.png"
+
+# ---------------------------------------------------------------- publications
+
+# `make gfm-table1 FULL=--full` adds the paper's trained baselines; `SEEDS=2 EPOCHS=100` make a first look short.
+SEEDS ?= 5
+EPOCHS ?= 1000
+FULL ?=
+
+gfm-table1: $(VENV)/demo  ## Reproduce Table 1 of Gradient Flow Matching beside yardsticks, into scripts/results
+	$(BIN)/python scripts/gfm_tables.py table1 --seeds $(SEEDS) --epochs $(EPOCHS) $(FULL)
 
 # ----------------------------------------------------------------------- tests
 

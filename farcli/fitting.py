@@ -489,6 +489,8 @@ class _Streamed(_Examples):
 
 
 def _batch(problem: Problem, weights_NCK: Tensor, truth_NHK: Tensor, run_N: Tensor) -> Batch:
+    dtype = torch.promote_types(weights_NCK.dtype, torch.float32)  # half-precision stores are computed in float32
+    weights_NCK, truth_NHK = weights_NCK.to(dtype), truth_NHK.to(dtype)
     prefix = Prefix(
         weights_BCD=weights_NCK, steps_C=problem.steps_C, layout=problem.layout, start=0, runs_B=tuple(run_N.tolist())
     )
