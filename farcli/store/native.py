@@ -19,7 +19,7 @@ from crc32c import crc32c
 
 from farcli.errors import DamagedError
 from farcli.files import disk_error
-from farcli.store.disk import Buffer, publish, temporary_name, write_all, write_temporary
+from farcli.store.disk import Buffer, publish, reserve, temporary_name, write_all, write_temporary
 from farcli.store.metadata import ArrayMetadata
 from farcli.store.threads import run_all
 
@@ -378,6 +378,9 @@ class SnapshotFile:
         try:
             fd = os.open(temporary_name(self.path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC * (self._written == 0), 0o666)
             try:
+                if not self._written:
+                    chunks = prod(self._metadata.chunks_per_file)
+                    reserve(fd, chunks * (stride + _ENTRY) + _CRC)
                 os.lseek(fd, position, os.SEEK_SET)
                 write_all(fd, self._checked(values.data.cast("B")))
                 if last:
