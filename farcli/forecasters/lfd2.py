@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,15 +203,12 @@ class Lfd2(SolvedForecaster):
         for part in parts:
             map_3H = delta_K3H[part.slot][:, rows_H]
             # Cast on the CPU: MPS has no float64.
-            linear_BH2 = map_3H[:2].T.to(last_BD.dtype).to(last_BD.device).expand(runs, -1, -1)
+            linear_H2 = map_3H[:2].T.to(last_BD.dtype).to(last_BD.device)
             constant_H1 = map_3H[2, :, None].to(last_BD.dtype).to(last_BD.device)
             for start in range(part.start, part.stop, width):
                 columns = slice(start, min(start + width, part.stop))
-                last_B1N = last_BD[:, None, columns]
-                basis_B2N = torch.stack([first_BD[:, columns], last_BD[:, columns] - first_BD[:, columns]], dim=1)
-                # w_n comes last: added first, it would round off the digits of small displacements.
-                displaced_BHN = torch.bmm(linear_BH2, basis_B2N).add_(constant_H1)
-                torch.add(displaced_BHN, last_B1N, out=forecast_BHD[..., columns])
+                apply = _apply_on_cpu if last_BD.device.type == "cpu" else _apply
+                apply(linear_H2, constant_H1, first_BD[:, columns], last_BD[:, columns], forecast_BHD[..., columns])
         return forecast_BHD
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
@@ -256,6 +254,21 @@ class Lfd2(SolvedForecaster):
             groups = 1 if fitted.transferable else len(problem.layout.floats)
             fitted._delta_K3H = stored("lfd2", tensors, "delta", (groups, 3, len(problem.steps_H)))
         return fitted
+
+
+def _apply(linear_H2: Tensor, constant_H1: Tensor, first_BN: Tensor, last_BN: Tensor, out_BHN: Tensor) -> None:
+    basis_B2N = torch.stack([first_BN, last_BN - first_BN], dim=1)
+    # w_n comes last: added first, it would round off the digits of small displacements.
+    displaced_BHN = torch.bmm(linear_H2.expand(len(first_BN), -1, -1), basis_B2N).add_(constant_H1)
+    torch.add(displaced_BHN, last_BN[:, None], out=out_BHN)
+
+
+def _apply_on_cpu(linear_H2: Tensor, constant_H1: Tensor, first_BN: Tensor, last_BN: Tensor, out_BHN: Tensor) -> None:
+    """The same through numpy: torch would start threads for each tile, which stand in the reader's and writer's way."""
+    first, last = first_BN.numpy(), last_BN.numpy()
+    displaced_BHN = np.matmul(linear_H2.numpy(), np.stack([first, last - first], axis=1))
+    displaced_BHN += constant_H1.numpy()
+    np.add(displaced_BHN, last[:, None], out=out_BHN.numpy())
 
 
 def _rows(problem: Problem, steps_C: Sequence[int], steps_H: Sequence[int]) -> list[int]:
