@@ -222,6 +222,7 @@ class _Job:
         self.decode = decode
         self.width = self._block_width(memory)
         self.losses = _Losses(source.layout)
+        self._room = np.empty(0, source.dtype)  # used again: fresh memory costs more than reading into it
 
     def _chunk(self, given: tuple[int, int, int] | None) -> tuple[int, int, int]:
         size, item = max(self.source.size, 1), self.dtype.itemsize
@@ -351,7 +352,11 @@ class _Job:
         width = self.chunk[2]
         for start in range(low, high, self.width):
             stop = min(start + self.width, high)
-            block_RTN = self.source.read(runs, steps, start, stop)
+            shape = (len(runs), len(steps), stop - start)
+            if self._room.size < prod(shape):
+                self._room = np.empty(prod(shape), self.source.dtype)
+            block_RTN = self._room[: prod(shape)].reshape(shape)
+            self.source.read(runs, steps, start, stop, out=block_RTN)
             parts = [
                 (at, block_RTN[..., at - start : min(at + width, stop) - start]) for at in range(start, stop, width)
             ]
