@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo gfm-table1 test test-slow format lint types imports check constraints clean
+.PHONY: help install demo gfm-table1 bench-store test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -62,6 +62,12 @@ FULL ?=
 
 gfm-table1: $(VENV)/demo  ## Reproduce Table 1 of Gradient Flow Matching beside yardsticks, into scripts/results
 	$(BIN)/python scripts/gfm_tables.py table1 --seeds $(SEEDS) --epochs $(EPOCHS) $(FULL)
+
+# ------------------------------------------------------------------ benchmarks
+
+# `make bench-store FULL=--full` takes 8 GB and a network of 66,955,010 parameters.
+bench-store: $(VENV)/dev  ## Time the store against its yardsticks, into scripts/results
+	$(BIN)/python scripts/bench_store.py $(FULL)
 
 # ----------------------------------------------------------------------- tests
 
