@@ -3,8 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from farcli.config import configure
 from farcli.errors import StoreError, UsageError
@@ -70,9 +74,20 @@ def save(artefact: Artefact, path: Path, *, replace: bool) -> None:
         "context": list(artefact.context),
         "observed": list(problem.steps_C),
         "targets": list(problem.steps_H),
+        "tensors": _digest(tensors),
         "provenance": artefact.provenance,
     }
     write_file(path, to_bytes(tensors, metadata={_KEY: json.dumps(header)}), replace=replace)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A fingerprint of names, shapes, dtypes and bytes: safetensors itself has no checksum."""
+    digest = sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def load(path: Path) -> Artefact:
@@ -95,6 +110,8 @@ def load(path: Path) -> Artefact:
         raise StoreError(f"{path}: is a safetensors file, but not one that `farcli fit` wrote.")
     try:
         header = json.loads(text)
+        if "step" in header:
+            raise StoreError(f"{path}: is a snapshot that `farcli export` wrote, not a forecaster.")
         schema, method = int(header["schema"]), str(header["method"])
         if schema > SCHEMA:
             raise StoreError(
@@ -112,7 +129,12 @@ def load(path: Path) -> Artefact:
         options, provenance = dict(header["options"]), dict(header["provenance"])
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path}: its farcli header is not readable ({type(error).__name__}: {error}).") from error
-    unfitted = build(method, options)
+    if header.get("tensors") != _digest(tensors):
+        raise StoreError(f"{path}: is damaged: its tensors are not those that were written.", hint="Fit it again.")
+    try:
+        unfitted = build(method, options)
+    except UsageError as error:
+        raise StoreError(f"{path}: was fitted by a method this farcli does not have so: {error}") from error
     forecaster = (
         type(unfitted).restore(unfitted.config, problem, tensors)
         if isinstance(unfitted, FittedForecaster)

@@ -50,7 +50,7 @@ def parse_selection(text: str, available: Sequence[int], what: str) -> list[int]
     """Choose from `available` by a slice "A:B[:C]" over values, or a list "A,B,C", or "all".
 
     "8:12" takes the available values v with 8 <= v < 12. A C takes every C-th of them. Negative
-    values count from the end of `available`, so "-1" is the last one.
+    values count from the end of `available`, so "-1" is the last one. A value named twice counts once.
 
     Raises:
         UsageError: nothing matches, a listed value is not available, or the text is no selection.
@@ -77,7 +77,7 @@ def parse_selection(text: str, available: Sequence[int], what: str) -> list[int]
     if missing or not chosen:
         found = f"{missing[0]} is not there" if missing else "nothing is selected"
         raise UsageError(f"{what} {text!r}: {found}; there are {what} {span}.")
-    return [int(v) for v in chosen if v is not None]
+    return list(dict.fromkeys(int(v) for v in chosen if v is not None))
 
 
 def _from_end(value: int | None, available: Sequence[int]) -> int | None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farcli import weights
-from farcli.errors import UsageError
+from farcli.errors import NonFiniteError, StoreError, UsageError
 from farcli.forecasters.base import Coupling
 from farcli.forecasting import Method, TrainingData, forecast_block, forecast_vectors
 from farcli.metrics import DisplacementSums, LossCurve
@@ -133,7 +133,8 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Displacem
             steps_H=setting.steps_H,
             coordinates=layout.parameters,
             device=setting.device,
-            memory=setting.memory // 2,
+            memory=setting.memory,
+            share=0.5,
             extra_rows=_WORKING_ROWS * len(setting.steps_H),
         )
         for block in stream:
@@ -167,17 +168,33 @@ class Measure:
 
 
 def measure_of_workload(truth: Trajectory, buffers: EvalBuffers) -> Measure | None:
-    """The held-out measure of the workload a store was recorded from; None where it names none."""
-    workload = workload_of(truth.header)
-    if workload is None:
+    """The held-out measure of the workload a store was recorded from; None where it names none.
+
+    Raises:
+        StoreError: the workload cannot be built again, or is not that of the stored network.
+    """
+    try:
+        workload = workload_of(truth.header)
+        network = Network(workload, truth.layout) if workload is not None else None
+    except (UsageError, StoreError) as error:
+        raise StoreError(
+            f"{truth.path}: its workload cannot be built again: {error}",
+            hint="Pass --loss package.module:function to measure the loss yourself.",
+        ) from error
+    if workload is None or network is None:
         return None
-    network = Network(workload, truth.layout)
-    seeds = dict(zip(truth.runs, truth.header["seeds"], strict=True))
+    seeds_R = truth.header.get("seeds")
+    if not isinstance(seeds_R, list) or len(seeds_R) != len(truth.runs):
+        raise StoreError(f"{truth.path}: its header holds no seed for each of its {len(truth.runs)} runs.")
+    seeds = dict(zip(truth.runs, seeds_R, strict=True))
+    cost = workload.evaluation_cost()
+    if buffers == "reestimate":
+        cost += workload.calibration_cost()
 
     def of(vector: np.ndarray, integers: np.ndarray, run: int) -> dict[str, float]:
         return network.evaluate(vector, integers, seeds[run], reestimate_buffers=buffers == "reestimate")
 
-    return Measure(of=of, chance=workload.chance(), cost=workload.evaluation_cost())
+    return Measure(of=of, chance=workload.chance(), cost=cost)
 
 
 def measure_of_function(truth: Trajectory, text: str) -> Measure:
@@ -197,8 +214,19 @@ def measure_of_function(truth: Trajectory, text: str) -> Measure:
         raise UsageError(f"--loss {text!r}: module {module!r} has no {name!r}.") from error
 
     def of(vector: np.ndarray, integers: np.ndarray, run: int) -> dict[str, float]:
-        value = function(weights.unflatten(torch.from_numpy(vector), torch.from_numpy(integers), truth.layout))
-        return {key: float(v) for key, v in value.items()} if isinstance(value, Mapping) else {"loss": float(value)}
+        state = weights.unflatten(torch.from_numpy(vector), torch.from_numpy(integers), truth.layout)
+        try:
+            value = function(state)
+            measures = (
+                {key: float(v) for key, v in value.items()} if isinstance(value, Mapping) else {"loss": float(value)}
+            )
+        except Exception as error:  # the user's code may raise anything
+            raise UsageError(f"--loss {text}: raised {type(error).__name__}: {error}") from error
+        if "loss" not in measures:
+            raise UsageError(
+                f"--loss {text}: returned {', '.join(measures) or 'nothing'}, expected a number or a loss."
+            )
+        return measures
 
     return Measure(of=of, chance=None, cost=None)
 
@@ -223,10 +251,24 @@ class HeldOut:
 
 
 def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure) -> HeldOut:
-    """Measure the recorded runs at every snapshot and every candidate at every horizon."""
+    """Measure the recorded runs at every snapshot and every candidate at every horizon.
+
+    Raises:
+        NonFiniteError: a recorded snapshot holds NaN or Inf.
+    """
     truth, runs = setting.truth, setting.source.runs
     total = len(runs) * (len(truth.steps) + len(candidates) * len(setting.steps_H))
     done = 0
+
+    def recorded_vector(run: int, step: int) -> np.ndarray:
+        vector = truth.read([run], [step])[0, 0]
+        if not np.isfinite(vector).all():
+            raise NonFiniteError(
+                f"{truth.path}: run {run}, step {step}: its weights are not finite, and its losses are what "
+                "forecasts are weighed against.",
+                hint="Choose other runs with --runs.",
+            )
+        return vector
 
     def measured(vector: np.ndarray, run: int, step: int, text: str) -> dict[str, float]:
         nonlocal done
@@ -236,7 +278,7 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
 
     recorded: Results = {
         run: {
-            step: measured(truth.read([run], [step])[0, 0], run, step, "held-out loss of the recorded runs")
+            step: measured(recorded_vector(run, step), run, step, "held-out loss of the recorded runs")
             for step in truth.steps
         }
         for run in runs

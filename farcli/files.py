@@ -2,8 +2,8 @@
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from farcli.errors import FarcliError, ResourceError, UsageError
@@ -21,12 +21,23 @@ def refuse_existing(path: Path, replace: bool) -> None:
         raise UsageError(f"{path}: {path.parent} is not a folder.")
 
 
-def check_outcome(path: Path, *, replace: bool, resume: bool) -> None:
+def check_outcome(path: Path, *, replace: bool, resume: bool, inputs: Sequence[str] = ()) -> None:
     """Check, before any work, that `--force` and `--resume` say what may happen to an existing output.
 
+    Args:
+        path: the output.
+        replace: whether `--force` was given.
+        resume: whether `--resume` was given.
+        inputs: what the command reads.
+
     Raises:
-        UsageError: both are given, or neither and it exists.
+        UsageError: both are given, or neither and it exists; or the output would replace or lie inside an input.
     """
+    place = path.resolve()
+    for text in inputs:
+        source = Path(text).resolve()
+        if source.exists() and (place == source or source in place.parents or place in source.parents):
+            raise UsageError(f"{path}: would be written over its own input {text}.", hint="Choose another -o.")
     if replace and resume:
         raise UsageError("--force and --resume contradict each other: choose one.")
     if not resume:
@@ -60,7 +71,8 @@ def staged_file(path: Path, replace: bool) -> Iterator[Path]:
     except OSError as error:
         raise disk_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a folder that cannot be written, what was raised above says more
+            temporary.unlink(missing_ok=True)
 
 
 def write_file(path: Path, data: bytes, *, replace: bool) -> None:

@@ -29,20 +29,62 @@ DEFAULT_CONTEXT = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingData:
-    """Runs a forecaster has seen: `runs` of the store with this id, once at this path."""
+    """Runs a forecaster has seen.
+
+    Attributes:
+        id: of the store.
+        path: where it was.
+        runs: labels of the runs.
+        seeds: seeds of these runs, where the store was recorded from a workload; else empty.
+        workload: name and options of that workload.
+    """
 
     id: str
     path: str
     runs: tuple[int, ...]
+    seeds: tuple[int, ...] = ()
+    workload: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(cls, source: Source) -> "TrainingData":
+        """What provenance must keep of a source."""
+        trajectory = source.trajectory
+        return cls(
+            id=trajectory.id,
+            path=str(trajectory.path),
+            runs=source.runs,
+            seeds=tuple(_seeds(trajectory)[run] for run in source.runs if run in _seeds(trajectory)),
+            workload=trajectory.header.get("workload"),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object for provenance."""
-        return {"id": self.id, "path": self.path, "runs": list(self.runs)}
+        return {
+            "id": self.id,
+            "path": self.path,
+            "runs": list(self.runs),
+            "seeds": list(self.seeds),
+            "workload": self.workload,
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "TrainingData":
         """Read what `to_json` wrote."""
-        return cls(id=str(value["id"]), path=str(value["path"]), runs=tuple(int(r) for r in value["runs"]))
+        return cls(
+            id=str(value["id"]),
+            path=str(value["path"]),
+            runs=tuple(int(run) for run in value["runs"]),
+            seeds=tuple(int(seed) for seed in value.get("seeds", ())),
+            workload=value.get("workload"),
+        )
+
+
+def _seeds(trajectory: Trajectory) -> dict[int, int]:
+    """Seed of each run; empty where the header names none."""
+    seeds = trajectory.header.get("seeds")
+    if not isinstance(seeds, list) or len(seeds) != len(trajectory.runs):
+        return {}
+    return dict(zip(trajectory.runs, seeds, strict=True))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +148,9 @@ def resolve_method(
         StoreError: the file is missing or damaged.
     """
     if is_file_like(text):
-        if options:
-            raise UsageError(f"{text}: is fitted already; --set applies to methods named, not to files.")
+        for option, given in (("--set", options), ("--context", context)):
+            if given:
+                raise UsageError(f"{text}: is fitted already; {option} applies to methods named, not to files.")
         return _fitted(load(Path(text)), text, truth, start, transfer)
     if text not in FORECASTERS and ":" not in text:
         raise unknown("forecaster", text, FORECASTERS)
@@ -117,7 +160,8 @@ def resolve_method(
             f"{text}: must be fitted before it can forecast.",
             hint=f"farcli fit {text} {truth.path} -o {text}.safetensors",
         )
-    steps = choose_context(truth, context or max(DEFAULT_CONTEXT, forecaster.min_context), start)
+    count = max(DEFAULT_CONTEXT, forecaster.min_context) if context is None else context
+    steps = choose_context(truth, count, start)
     check_context(forecaster, text, steps)
     return Method(label=text, source=text, forecaster=forecaster, context=steps, targets=None, training=())
 
@@ -294,7 +338,8 @@ def forecast_vectors(
                 Source(trajectory=trajectory, runs=(run,)),
                 steps,
                 buffers=buffers,
-                memory=memory // 2,
+                memory=memory,
+                share=0.5,
                 device=device,
             ):
                 vectors[:, block.prefix.start : block.stop] = forecast_BHD[0].cpu().numpy()
@@ -310,6 +355,7 @@ def forecast_stream(
     buffers: Buffers,
     memory: int,
     device: torch.device,
+    share: float = 1.0,
 ) -> Iterator[tuple[Any, Tensor]]:
     """Forecast all coordinates of some runs, block by block: (block, weights_BHD).
 
@@ -322,6 +368,7 @@ def forecast_stream(
         steps_C=method.observed,
         device=device,
         memory=memory,
+        share=share,
         extra_rows=2 * len(steps_H),
     )
     for block in stream:
@@ -347,8 +394,13 @@ def check_targets(method: Method, steps_H: Sequence[int]) -> None:
 
 
 def overlap(training: Sequence[TrainingData], truth: Trajectory) -> tuple[int, ...]:
-    """Runs of a store that a method was fitted on."""
-    return tuple(sorted({run for data in training if data.id == truth.id for run in data.runs}))
+    """Runs of a store that a method was fitted on: of this very store, or of another recording of the same runs."""
+    found = {run for data in training if data.id == truth.id for run in data.runs}
+    workload = truth.header.get("workload")
+    if workload is not None:
+        seen = {seed for data in training if data.workload == workload for seed in data.seeds}
+        found |= {run for run, seed in _seeds(truth).items() if seed in seen}
+    return tuple(sorted(found))
 
 
 def reopen(training: Sequence[TrainingData], near: Trajectory) -> list[Source] | None:

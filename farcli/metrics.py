@@ -93,12 +93,12 @@ def monotone(losses_T: Sequence[float]) -> np.ndarray:
     """The non-increasing sequence closest to a noisy loss curve in least squares (pool adjacent violators).
 
     Reading steps off this curve neither rewards a lucky dip nor punishes an unlucky bump, which the
-    first crossing of a raw curve would. Non-finite losses count as +inf.
+    first crossing of a raw curve would.
     """
     values: list[float] = []
     weights: list[int] = []
     for loss in losses_T:
-        values.append(float(loss) if np.isfinite(loss) else np.inf)
+        values.append(float(loss))
         weights.append(1)
         while len(values) > 1 and values[-2] < values[-1]:
             total = weights[-2] + weights[-1]
@@ -117,8 +117,9 @@ class LossCurve:
 
     @classmethod
     def of(cls, steps: Sequence[int], losses: Sequence[float]) -> "LossCurve":
-        """The curve of one run."""
-        return cls(np.asarray(steps, float), monotone(losses))
+        """The curve of one run; snapshots whose loss is not finite are left out."""
+        finite = [(step, loss) for step, loss in zip(steps, losses, strict=True) if np.isfinite(loss)]
+        return cls(np.array([step for step, _ in finite], float), monotone([loss for _, loss in finite]))
 
     def steps_to(self, loss: float) -> tuple[float, bool]:
         """How many training steps of this run give a loss.
@@ -126,7 +127,10 @@ class LossCurve:
         Returns:
             The first step at which the curve is down at `loss`, interpolated between snapshots, and whether
             it is only a bound: the first step for a loss above the whole curve, the last for one below it.
+            NaN where the curve is empty.
         """
+        if not self.steps_T.size:
+            return float("nan"), True
         if not np.isfinite(loss) or loss > self.losses_T[0]:
             return float(self.steps_T[0]), True
         index = int(np.argmax(self.losses_T <= loss)) if loss >= self.losses_T[-1] else -1
@@ -135,6 +139,6 @@ class LossCurve:
         if index == 0:
             return float(self.steps_T[0]), False
         high, low = self.losses_T[index - 1], self.losses_T[index]
-        share = (high - loss) / (high - low) if np.isfinite(high) else 1.0
+        share = (high - loss) / (high - low)
         left, right = self.steps_T[index - 1], self.steps_T[index]
         return float(left + share * (right - left)), False

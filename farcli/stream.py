@@ -91,7 +91,8 @@ class Stream:
         steps_H: steps of the true future to read along; may be empty.
         coordinates: how many coordinates, from the first; all of the vector when None.
         device: where the tensors shall be.
-        memory: bytes of host memory for the blocks.
+        memory: bytes of host memory that the user allows.
+        share: which part of it the blocks may take.
         extra_rows: rows like those of a run that the consumer will hold per run beside the block
             (its forecasts), counted against `memory`.
         dtype: dtype of the tensors; the store's own when None.
@@ -111,6 +112,7 @@ class Stream:
         coordinates: int | None = None,
         device: torch.device | None = None,
         memory: int = 2_000_000_000,
+        share: float = 1.0,
         extra_rows: int = 0,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -131,7 +133,8 @@ class Stream:
                     f"{source.trajectory.path} has D = {source.trajectory.layout.size} coordinates, "
                     f"but {first.path} has D = {first.layout.size}; stores taken together must hold the same network."
                 )
-        self._memory = memory
+        self._memory = int(memory * share)
+        self._given = memory
         self._extra_rows = extra_rows
         self.plans = tuple(self._plan(source) for source in self.sources)
 
@@ -158,9 +161,11 @@ class Stream:
                 if self.coupling is Coupling.JOINT
                 else "Give more memory, or forecast fewer steps at once with --to."
             )
+            factor = self._given / max(1, self._memory)
             raise ResourceError(
-                f"--memory {format_size(self._memory)}: too small for one block of {trajectory.path}, "
-                f"which takes {format_size(row_bytes * unit)} ({rows} snapshots of {unit} coordinates, read ahead).",
+                f"--memory {format_size(self._given)}: too small for one block of {trajectory.path} "
+                f"({rows} snapshots of {unit} coordinates, read ahead): "
+                f"at least {format_size(row_bytes * unit * factor * 1.01)} is needed.",
                 hint=advice,
             )
         budget = min(self._memory, _LARGEST_BLOCK * _BUFFERS)
@@ -259,7 +264,7 @@ def require_finite(weights_BTD: Tensor, block: Block, path: object, steps: Seque
     raise NonFiniteError(
         f"{path}: run {block.runs[b]}, step {steps[t]}: tensor {layout.floats[segment.slot].name!r} "
         f"holds {float(weights_BTD[b, t, d])}.",
-        hint="Choose other runs or steps with --runs and --to, or record that run again.",
+        hint="Choose other runs (--runs, --train-runs) or steps (--to), or record that run again.",
     )
 
 

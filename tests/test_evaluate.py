@@ -125,6 +125,34 @@ def test_runs_that_trained_the_forecaster_are_left_out_or_flagged(small):
     assert any("in_sample" in text for text in said)
 
 
+def test_the_same_runs_recorded_again_are_still_in_sample(small, tmp_path):
+    farcli.record("digits-cnn", tmp_path / "again.zarr", runs=4, steps=60, every=5, seed=3)
+    said = []
+    rows = farcli.evaluate(
+        [str(small / "lfd2.safetensors")], str(tmp_path / "again.zarr"), targets="60", warn=said.append
+    )
+    assert rows[0]["runs"] == 2
+    assert any("2:4" in text for text in said)
+    farcli.record("digits-cnn", tmp_path / "other.zarr", runs=2, steps=60, every=5, seed=4)
+    rows = farcli.evaluate([str(small / "lfd2.safetensors")], str(tmp_path / "other.zarr"), targets="60")
+    assert rows[0]["runs"] == 2
+    assert not any(row["in_sample"] for row in rows)
+
+
+def test_a_run_named_twice_counts_once(small):
+    once, twice = (
+        farcli.evaluate(["linear"], str(small / "digits.zarr"), targets="60", runs=runs) for runs in ("2,3", "2,2,3")
+    )
+    assert pick(once, "linear", 60) == pick(twice, "linear", 60)
+
+
+def test_reestimation_is_paid_for(small):
+    store = str(small / "digits.zarr")
+    for buffers, passes in (("stored", 500), ("reestimate", 500 + 1297)):
+        row = pick(farcli.evaluate(["linear"], store, targets="60", buffers=buffers), "linear", 60)
+        assert row["equivalent_steps"] - row["net_steps"] == pytest.approx(passes / 64 / 3)
+
+
 def test_the_mean_is_never_of_evaluated_runs(small):
     store = str(small / "digits.zarr")
     with pytest.raises(UsageError, match="also evaluated"):
@@ -194,12 +222,21 @@ def test_a_loss_of_the_users_own(small):
 
 
 def test_limits(rows):
-    check(rows, parse_limits(["mse=1e9", "loss=1e9"]))
+    check(rows, parse_limits(["mse=1e9", "loss=1e9"], "--max"), parse_limits(["skill=-1e9"], "--min"))
     with pytest.raises(CheckFailedError, match="lfd2 at step"):
-        check(rows, parse_limits(["mse=0"]))
-    for text, message in (("mss=1", "expected one of"), ("mse", "key=number"), ("mse=low", "key=number")):
+        check(rows, parse_limits(["mse=0"], "--max"), {})
+    with pytest.raises(CheckFailedError, match="lfd2 at step"):
+        check(rows, {}, parse_limits(["better=1.1"], "--min"))
+    for flag, text, message in (
+        ("--max", "mss=1", "expected one of"),
+        ("--max", "skill=1", "expected one of"),
+        ("--min", "mse=1", "expected one of"),
+        ("--max", "mse", "key=number"),
+        ("--max", "mse=low", "key=number"),
+        ("--max", "mse=nan", "a number"),
+    ):
         with pytest.raises(UsageError, match=message):
-            parse_limits([text])
+            parse_limits([text], flag)
 
 
 def test_lockstep_runs_are_judged_on_their_own_task(small):

@@ -68,9 +68,13 @@ def test_monotone_is_the_least_squares_projection(losses):
     assert abs(partial[-1]) <= 1e-6
 
 
-def test_monotone_takes_divergence_as_infinite():
-    assert np.isinf(monotone([1.0, float("nan")])).all()
-    assert list(monotone([float("inf"), 1.0])) == [np.inf, 1.0]
+def test_snapshots_without_a_finite_loss_are_left_out():
+    clean, gap = LossCurve.of([0, 20], [2.0, 1.0]), LossCurve.of([0, 10, 20], [2.0, float("nan"), 1.0])
+    for loss in (2.5, 2.0, 1.7, 1.0, 0.5):
+        assert gap.steps_to(loss) == clean.steps_to(loss)
+    step, bounded = LossCurve.of([0, 10], [float("nan"), float("inf")]).steps_to(1.0)
+    assert np.isnan(step)
+    assert bounded
 
 
 class TestLossCurve:

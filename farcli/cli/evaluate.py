@@ -68,7 +68,10 @@ def evaluate(
         typer.Option("--buffers", help="BatchNorm statistics: stored, or taken anew from training data."),
     ] = "stored",
     limits: Annotated[
-        list[str] | None, typer.Option("--max", help="Exit 5 if a forecast exceeds this, mse=0.05; repeatable.")
+        list[str] | None, typer.Option("--max", help="Exit 5 if a forecast is above this, mse=0.05; repeatable.")
+    ] = None,
+    lower: Annotated[
+        list[str] | None, typer.Option("--min", help="Exit 5 if a forecast is below this, net_steps=0; repeatable.")
     ] = None,
     transfer: Transfer = False,
     device: Device = "auto",
@@ -84,7 +87,7 @@ def evaluate(
     from farcli.cli.output import chosen_format, emit
     from farcli.verbs.evaluate import check, parse_limits
 
-    bounds = parse_limits(limits or [])
+    most, least = parse_limits(limits or [], "--max"), parse_limits(lower or [], "--min")
     rows = evaluated(
         inputs,
         quiet,
@@ -109,7 +112,7 @@ def evaluate(
         emit(shown, columns, form=format, title=_title(inputs, rows), notes=_notes(rows), rule_before=rules)
     else:
         emit(rows, form=format)
-    check(rows, bounds)
+    check(rows, most, least)
 
 
 def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, memory: str, **rest: object) -> list:
@@ -144,7 +147,8 @@ def _shown(row: dict, *, first: bool) -> dict:
     skill = row["skill"]
     # A forecast a hundred times worse than none needs no decimals, which would only widen the table.
     skill = "<−99" if skill is not None and skill < -99 else skill
-    return {**row, "when": when, "skill": skill, "worth": worth(row), "_style": style}
+    method = f"{row['method']} *" if row["in_sample"] else row["method"]
+    return {**row, "when": when, "method": method, "skill": skill, "worth": worth(row), "_style": style}
 
 
 def worth(row: dict) -> str | None:
@@ -167,6 +171,8 @@ def _notes(rows: list[dict]) -> list[str]:
         "skill: 1 − mse / mse of persistence · worth: training steps of the recorded run that bring the same",
         "held-out loss, against keeping the last observed weights (median over runs) · better: runs that do better so.",
     ]
+    if any(row["in_sample"] for row in rows):
+        notes.append("* IN SAMPLE: fitted on runs that it is judged on here; these rows prove nothing.")
     if rows[0]["buffers"] is not None:
         notes.append(f"BatchNorm statistics: {_POLICIES[rows[0]['buffers']]}.")
     cost = next((r["equivalent_steps"] - r["net_steps"] for r in rows if r.get("net_steps") is not None), None)
@@ -178,7 +184,8 @@ def _notes(rows: list[dict]) -> list[str]:
 
 def _summary(rows: list[dict]) -> str | None:
     """Which forecast wins, said plainly, in held-out loss summed over the horizons shown."""
-    whole = [row for row in rows if row["tensor"] is None and row["role"] in ("forecast", "yardstick")]
+    judged = [row for row in rows if row["role"] in ("forecast", "yardstick") and not row["in_sample"]]
+    whole = [row for row in judged if row["tensor"] is None]
     if not whole or any(row.get("loss") is None for row in whole):
         return None
     steps = sorted({row["step"] for row in whole})

@@ -13,12 +13,14 @@ def inspect(
     format: FormatOption = "auto",
 ) -> None:
     """Describe a store or a fitted forecaster: header first, like ncdump -h."""
-    from farcli.cli.output import chosen_format, emit
+    from farcli.cli.output import chosen_format, emit, emit_pairs
     from farcli.verbs.inspect import inspect as describe
 
     row = describe(path)
     if chosen_format(format) != "table":
         emit([row], form=format)
+    elif row["kind"] == "snapshot":
+        emit_pairs(row, form=format)
     elif row["kind"] == "forecaster":
         _print_forecaster(row)
     else:

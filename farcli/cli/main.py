@@ -1,7 +1,9 @@
 """The program: its subcommands, and the one boundary where errors become a line and an exit code."""
 
+import errno
 import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
@@ -76,15 +78,10 @@ for _name, _module, _panel in (
 
 def main() -> None:
     """Run the command line and exit."""
-    verbose = any(word.startswith("-v") and set(word[1:]) == {"v"} and len(word) > 2 for word in sys.argv)
     unwind_on_signals()
     try:
         code = app(standalone_mode=False, prog_name="farcli")
         sys.stdout.flush()
-    except FarcliError as error:
-        if verbose:
-            raise
-        code = _report(str(error), error.hint, error.exit_code)
     except Terminated as signal:
         code = 128 + signal.number
         print("farcli: stopped by a signal; nothing half-written was left.", file=sys.stderr)
@@ -95,19 +92,35 @@ def main() -> None:
         # The reader of our output has gone: silence, and no second complaint when Python flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
-    except MemoryError:
-        code = _report("out of memory.", "Give a smaller --memory, or fewer runs or steps.", 6)
-    except Exception as error:
-        if verbose:
-            raise
-        message = getattr(error, "format_message", None)
-        if callable(message):  # a usage error of the option parser, whose class moves between versions of typer
-            code = _report(str(message()), _usage_hint(error), 2)
-        else:
-            code = _report(
-                f"{type(error).__name__}: {error}", "This is a bug in farcli. Run again with -vv for details.", 1
-            )
+    except Exception as error:  # the one boundary: whatever it is becomes one line and an exit code
+        if _verbose():
+            traceback.print_exception(error)
+        code = _explain(error)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _verbose() -> bool:
+    """Whether -vv was given, in any spelling; the parser may have failed before it knew."""
+    words = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    short = sum(len(word) - 1 for word in words if word.startswith("-v") and set(word[1:]) == {"v"})
+    return short + words.count("--verbose") >= 2
+
+
+def _explain(error: Exception) -> int:
+    """Say in one line what went wrong; returns the exit code."""
+    if isinstance(error, FarcliError):
+        return _report(str(error), error.hint, error.exit_code)
+    message = getattr(error, "format_message", None)
+    if callable(message):  # a usage error of the option parser, whose class moves between versions of typer
+        text = str(message())
+        return _report(text, _usage_hint(error), 2) if text.strip() else 2  # empty: the help was printed
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error)):
+        return _report("out of memory.", "Give a smaller --memory, fewer runs or steps, or a smaller network.", 6)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _report("no space left where the output goes.", "Free some space and run the command again.", 6)
+    hint = "This is a bug in farcli. Run again with -vv for details."
+    return _report(f"{type(error).__name__}: {error}", hint, 1)
 
 
 def _usage_hint(error: Exception) -> str:

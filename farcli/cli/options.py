@@ -67,7 +67,8 @@ def subcommand(name: str, run: Callable[..., None]) -> Callable[..., None]:
     def wrapped(ctx: typer.Context, **given: Any) -> None:
         del given["config"], given["verbose"]  # read by their callback and by the program itself
         if given.pop("show_config"):
-            print(json.dumps({ctx.info_name: given}, default=str))
+            called = {str(param.name): _long(param) for param in ctx.command.params}
+            print(json.dumps({ctx.info_name: {called[key]: value for key, value in given.items()}}, default=str))
             return
         run(**given)
 
@@ -101,6 +102,11 @@ def _with_variables(command: str, parameter: inspect.Parameter) -> inspect.Param
     return parameter
 
 
+def _long(param: Any) -> str:
+    """The name an option has on the command line and in a configuration file."""
+    return next((opt.lstrip("-") for opt in param.opts if opt.startswith("--")), str(param.name))
+
+
 def _read_config(ctx: typer.Context, value: str | None) -> str | None:
     """Make a file's table for this subcommand the defaults of its options."""
     if not value:
@@ -112,6 +118,12 @@ def _read_config(ctx: typer.Context, value: str | None) -> str | None:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {value}: is not valid TOML ({error}).") from error
     names = {opt.lstrip("-"): param.name for param in ctx.command.params for opt in param.opts}
+    commands = ctx.parent.command.commands if ctx.parent is not None else {}  # pyright: ignore[reportAttributeAccessIssue]
+    for key, table in tables.items():
+        if key not in commands:
+            raise unknown(f"subcommand in {value}", key, commands)
+        if not isinstance(table, dict):
+            raise UsageError(f"{value}: {key} must be a table, [{key}], of options.")
     defaults: dict[str, Any] = {}
     for key, item in tables.get(str(ctx.info_name), {}).items():
         if key not in names:
@@ -126,6 +138,8 @@ _Config = Annotated[
     typer.Option(
         "--config",
         is_eager=True,
+        envvar="FARCLI_CONFIG",
+        show_envvar=False,
         callback=_read_config,
         metavar="FILE",
         help="TOML with a table per subcommand; flags and FARCLI_* variables win over it.",

@@ -33,6 +33,7 @@ from farcli.forecasting import (
     Method,
     TrainingData,
     check_targets,
+    is_file_like,
     overlap,
     reopen,
     resolve_method,
@@ -48,7 +49,10 @@ HORIZONS = 6
 """Horizons shown where nothing says which."""
 
 _LOSS_KEYS = ("loss", "accuracy", "equivalent_steps", "bounded", "net_steps", "better")
-_LIMITED = ("mse", "skill", "cosine", "loss", "accuracy", "equivalent_steps", "net_steps")
+_LIMITED = {
+    "--max": ("mse", "loss"),
+    "--min": ("skill", "cosine", "accuracy", "equivalent_steps", "net_steps", "better"),
+}
 
 Warn = Callable[[str], None]
 
@@ -105,9 +109,19 @@ def evaluate(
         FarcliError: see the exit codes.
     """
     truth = Trajectory.open(store, partial=partial)
+    repeated = next((text for text in forecasts if list(forecasts).count(text) > 1), None)
+    if repeated is not None:
+        raise UsageError(f"{repeated}: is named twice.")
+    own = measure_of_function(truth, loss) if loss is not None else None
+    if own is not None and buffers == "reestimate":
+        raise UsageError("--buffers reestimate needs the training data of a workload; --loss has none.")
+    by_name = any(not is_store(text) and not is_file_like(text) for text in forecasts)
+    for option, given in (("--set", options), ("--context", context)):
+        if given is not None and given != {} and not by_name:
+            raise UsageError(f"{option} applies to methods named, and no forecast here is one.")
     named = _distinct(
         [
-            _stored(text, truth) if is_store(text) else _named(text, truth, start, context, options, transfer)
+            _stored(text, truth, start) if is_store(text) else _named(text, truth, start, context, options, transfer)
             for text in forecasts
         ],
         forecasts,
@@ -128,19 +142,14 @@ def evaluate(
             check_targets(candidate.method, setting.steps_H)
     candidates = [*named, *_yardsticks(named, setting, train_runs, warn)]
     sums = compare(candidates, setting)
-    if loss is not None:
-        if buffers == "reestimate":
-            raise UsageError("--buffers reestimate needs the training data of a workload; --loss has none.")
-        measure = measure_of_function(truth, loss)
-    else:
-        measure = measure_of_workload(truth, buffers)
-        if measure is None:
-            warn("no held-out loss: the store names no workload. Pass --loss package.module:function.")
+    measure = own or measure_of_workload(truth, buffers)
+    if measure is None:
+        warn("no held-out loss: the store names no workload. Pass --loss package.module:function.")
     found = held_out(candidates, setting, measure) if measure is not None else None
     return _rows(candidates, setting, sums, found, measure, per_tensor=per_tensor)
 
 
-def _stored(text: str, truth: Trajectory) -> Candidate:
+def _stored(text: str, truth: Trajectory, start: int | None) -> Candidate:
     stored = Trajectory.open(text)
     if stored.kind != "forecast":
         raise UsageError(
@@ -153,6 +162,8 @@ def _stored(text: str, truth: Trajectory) -> Candidate:
             f"which has D = {truth.layout.parameters}."
         )
     entry = stored.header["forecast"]
+    if start is not None and start != entry["from"]:
+        raise UsageError(f"--from {start}: {text} is a stored forecast, and starts at step {entry['from']}.")
     training = tuple(TrainingData.from_json(item) for item in entry.get("training", ()))
     return Candidate(label=str(entry["method"]), role="forecast", method=None, stored=stored, training=training)
 
@@ -167,6 +178,8 @@ def _named(
 ) -> Candidate:
     if Path(text).is_dir():
         Trajectory.open(text)  # not a store of ours: says what is wrong with it
+    if is_file_like(text):
+        context, options = None, None  # these are for the methods named beside it
     method = resolve_method(text, truth, start=start, context=context, options=options, transfer=transfer)
     return Candidate(label=method.label, role="forecast", method=method, stored=None, training=method.training)
 
@@ -304,7 +317,7 @@ def _mean(named: Sequence[Candidate], setting: Setting, train_runs: str | None, 
         inside = sorted(set(runs) & set(setting.source.runs))
         if inside:
             raise UsageError(f"--train-runs {train_runs}: run {inside[0]} is also evaluated; keep them apart.")
-        training = (TrainingData(id=truth.id, path=str(truth.path), runs=tuple(runs)),)
+        training = (TrainingData.of(Source(trajectory=truth, runs=tuple(runs))),)
     else:
         training = next((candidate.training for candidate in named if candidate.training), ())
     if not training:
@@ -335,7 +348,8 @@ def _mean(named: Sequence[Candidate], setting: Setting, train_runs: str | None, 
         steps_H=problem.steps_H,
         coordinates=problem.coordinates,
         device=setting.device,
-        memory=setting.memory // 2,
+        memory=setting.memory,
+        share=0.5,
     )
     try:
         forecaster = solve(Mean(Mean.Config()), problem, lambda: ((b.prefix, b.truth_BHD) for b in stream), report=None)
@@ -421,35 +435,43 @@ def _losses(found: HeldOut, results: Results, step: int, setting: Setting, measu
     }
 
 
-def parse_limits(texts: Sequence[str]) -> dict[str, float]:
+def parse_limits(texts: Sequence[str], flag: str) -> dict[str, float]:
     """Limits like "mse=0.05", by key.
+
+    Args:
+        texts: as typed.
+        flag: "--max" for numbers that are good when small, "--min" for those that are good when large.
 
     Raises:
         UsageError: a text is not key=number, or rows have no such number.
     """
-    limits = {}
+    limits: dict[str, float] = {}
+    example = f"{_LIMITED[flag][0]}=0.05"
     for text in texts:
         key, _, number = text.partition("=")
         try:
             limits[key] = float(number)
         except ValueError:
-            raise UsageError(f"--max {text!r}: expected key=number, for example mse=0.05.") from None
-        if key not in _LIMITED:
-            raise UsageError(f"--max {text!r}: expected one of {', '.join(_LIMITED)}.")
+            raise UsageError(f"{flag} {text!r}: expected key=number, for example {example}.") from None
+        if np.isnan(limits[key]):
+            raise UsageError(f"{flag} {text!r}: expected a number, for example {example}.")
+        if key not in _LIMITED[flag]:
+            raise UsageError(f"{flag} {text!r}: expected one of {', '.join(_LIMITED[flag])}.")
     return limits
 
 
-def check(rows: Sequence[Mapping[str, Any]], limits: Mapping[str, float]) -> None:
+def check(rows: Sequence[Mapping[str, Any]], most: Mapping[str, float], least: Mapping[str, float]) -> None:
     """Hold the forecasts' rows against limits.
 
     Raises:
-        CheckFailedError: a row is over a limit, or holds no number to compare.
+        CheckFailedError: a row is beyond a limit, or holds no number to compare.
     """
     judged = [row for row in rows if row["role"] == "forecast" and row["tensor"] is None]
-    for key, bound in limits.items():
-        for row in judged:
-            value = row.get(key)
-            if value is None or not value <= bound:
-                raise CheckFailedError(
-                    f"--max {key}={bound:g}: {row['method']} at step {row['step']} has {key} = {value}, over the limit."
-                )
+    for flag, limits in (("--max", most), ("--min", least)):
+        for key, bound in limits.items():
+            for row in judged:
+                value = row.get(key)
+                if value is None or not (value <= bound if flag == "--max" else value >= bound):
+                    raise CheckFailedError(
+                        f"{flag} {key}={bound:g}: {row['method']} at step {row['step']} has {key} = {value}."
+                    )

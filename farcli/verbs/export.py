@@ -8,7 +8,7 @@ import torch
 
 from farcli import weights
 from farcli.errors import UsageError
-from farcli.files import refuse_existing, write_file
+from farcli.files import check_outcome, write_file
 from farcli.provenance import provenance
 from farcli.recording.picture import read_once
 from farcli.store import Trajectory
@@ -44,7 +44,7 @@ def export(
     """
     from safetensors.torch import save
 
-    refuse_existing(output, replace)
+    check_outcome(output, replace=replace, resume=False, inputs=[store])
     trajectory = Trajectory.open(store, partial=partial)
     if run is None:
         if len(trajectory.runs) > 1:

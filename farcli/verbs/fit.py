@@ -62,10 +62,14 @@ def fit(
     Raises:
         FarcliError: see the exit codes.
     """
-    check_outcome(output, replace=replace, resume=resume)
+    check_outcome(output, replace=replace, resume=resume, inputs=stores)
     forecaster = build(method, options or {})
     sources = open_sources(stores, train_runs, partial=partial)
     first = sources[0].trajectory
+    ids = [source.trajectory.id for source in sources]
+    for source in sources:
+        if ids.count(source.trajectory.id) > 1:
+            raise UsageError(f"{source.trajectory.path}: is named twice; its runs would count double.")
     for source in sources[1:]:
         if source.trajectory.layout != first.layout:
             raise UsageError(
@@ -94,7 +98,7 @@ def fit(
         steps_H=steps_H,
         memory=memory // 2,
     )
-    training = [TrainingData(id=s.trajectory.id, path=str(s.trajectory.path), runs=s.runs).to_json() for s in sources]
+    training = [TrainingData.of(source).to_json() for source in sources]
     row = {
         "path": str(output),
         "method": method,
@@ -131,7 +135,8 @@ def fit(
             steps_H=steps_H,
             coordinates=problem.coordinates,
             device=resolve_device(device),
-            memory=memory // 2,
+            memory=memory,
+            share=0.5,
         )
         try:
             if isinstance(forecaster, SolvedForecaster):

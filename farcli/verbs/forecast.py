@@ -71,7 +71,7 @@ def forecast(
     Raises:
         FarcliError: see the exit codes.
     """
-    check_outcome(output, replace=replace, resume=resume)
+    check_outcome(output, replace=replace, resume=resume, inputs=[store, method])
     [source] = open_sources([store], runs, partial=partial)
     trajectory = source.trajectory
     resolved = resolve_method(method, trajectory, start=start, context=context, options=options, transfer=transfer)

@@ -1,5 +1,6 @@
 """Describe a store or a forecaster file: header first, like `ncdump -h`."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,28 @@ def inspect(path: str) -> dict[str, Any]:
     }
 
 
+def _exported(path: str) -> dict[str, Any] | None:
+    """What a snapshot that `export` wrote says of itself; None for any other file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            header = json.loads((file.metadata() or {}).get("farcli", "{}"))
+            tensors = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError):
+        return None
+    if not isinstance(header, dict) or "step" not in header:
+        return None
+    return {"path": path, **header, "kind": "snapshot", "of": header.get("kind"), "tensors": tensors}
+
+
 def _forecaster(path: str) -> dict[str, Any]:
     from farcli.artefact import load
     from farcli.forecasters.base import FittedForecaster
 
+    exported = _exported(path)
+    if exported is not None:
+        return exported
     artefact = load(Path(path))
     forecaster = artefact.forecaster
     row: dict[str, Any] = {

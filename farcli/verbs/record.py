@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from farcli.errors import FarcliError, NonFiniteError, StoppedError, StoreError, UnfinishedError, UsageError
+from farcli.errors import (
+    FarcliError,
+    NonFiniteError,
+    ResourceError,
+    StoppedError,
+    StoreError,
+    UnfinishedError,
+    UsageError,
+)
 from farcli.files import check_outcome
 from farcli.layout import Layout
 from farcli.provenance import provenance
@@ -83,6 +91,10 @@ def record(
     ):
         if value is not None and value < least:
             raise UsageError(f"{name} {value}: expected a whole number of at least {least}.")
+    if not replace and not resume and is_store(output) and not (output / "zarr.json").exists():
+        raise UsageError(
+            f"{output}: already exists, unfinished.", "Pass --resume to go on with it, or --force to replace it."
+        )
     check_outcome(output, replace=replace, resume=resume)
     task = workload_from(workload, options or {})
     if steps is None:
@@ -103,7 +115,8 @@ def record(
         "steps": steps,
         "snapshots": len(schedule),
         "parameters": layout.parameters,
-        "buffers": layout.size - layout.parameters + layout.integers,
+        "buffers": layout.size - layout.parameters,
+        "integers": layout.integers,
         "dtype": dtype,
         "bytes": runs * len(schedule) * (layout.size * np.dtype(dtype).itemsize + layout.integers * 8),
         "seconds": None,
@@ -144,13 +157,16 @@ def record(
             stop=lambda: stop() or time.monotonic() > deadline,
             report=report,
         )
-        with writer:
-            if task.lockstep:
-                recording.train(task, seeds, range(runs))
-            else:
-                for run in range(runs):
-                    recording.train(task, seeds[run : run + 1], [run])
-            writer.finish()
+        try:
+            with writer:
+                if task.lockstep:
+                    recording.train(task, seeds, range(runs))
+                else:
+                    for run in range(runs):
+                        recording.train(task, seeds[run : run + 1], [run])
+                writer.finish()
+        except ResourceError as error:
+            raise ResourceError(str(error), "Free some space and run the same command again with --resume.") from error
     return row | {"bytes": Trajectory.open(output).nbytes, "seconds": time.monotonic() - began}
 
 

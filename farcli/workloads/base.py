@@ -78,6 +78,10 @@ class Workload(ABC):
         """
         return iter(())
 
+    def calibration_cost(self) -> float:
+        """Cost of one pass over `calibration` in training steps."""
+        return 0.0
+
     @abstractmethod
     def chance(self) -> dict[str, float]:
         """The same measures for the best guess that ignores the input: the line to be under."""

@@ -133,6 +133,10 @@ class DigitsCnn(Workload):
         """All training images in one batch: the statistics are then exact."""
         yield self._train
 
+    def calibration_cost(self) -> float:
+        """A forward pass over the training images."""
+        return len(self._train[1]) / self._config.batch / 3
+
     def chance(self) -> dict[str, float]:
         """Always answer with the class frequencies of the training images."""
         frequencies = torch.bincount(self._train[1], minlength=10) / len(self._train[1])

@@ -122,6 +122,39 @@ class TestStores:
         refused(farcli, folder, ("eval", "digits.zarr", "forecast.zarr"), 2, "digits.zarr", "recorded truth")
         refused(farcli, folder, ("eval", "digits.zarr"), 2, "digits.zarr")
 
+    def test_a_diverged_snapshot_would_distort_equivalent_steps(self, farcli, folder):
+        """`eval` reads every snapshot of a run for its loss curve, also those that no forecast looks at."""
+        weights = zarr.open_array(folder / "digits.zarr/weights", mode="r+")
+        weights[2, 3, 7] = np.nan
+        words = ("eval", "linear", "digits.zarr", "--to", "60", "--runs", "2:4")
+        refused(farcli, folder, words, 4, "digits.zarr", "run 2, step 15")
+
+    @pytest.mark.parametrize(
+        ("old", "new", "text"),
+        [
+            ('"seeds"', '"sseds"', "seed"),
+            ('"digits-cnn"', '"digits-cmm"', "--loss"),
+            ('"width": "8"', '"width": "9"', "digits.zarr"),
+        ],
+    )
+    def test_a_header_that_does_not_fit(self, farcli, folder, old, new, text):
+        path = folder / "digits.zarr/zarr.json"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        refused(farcli, folder, ("eval", "linear", "digits.zarr", "-q"), 3, "digits.zarr", text)
+
+    def test_a_loss_function_that_fails(self, farcli, folder):
+        (folder / "mine.py").write_text(
+            "def bad(state): raise RuntimeError('my own trouble')\ndef none(state): return {'acc': 1.0}\n"
+        )
+        env = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        for name, text in (("bad", "my own trouble"), ("none", "acc"), ("missing", "no 'missing'")):
+            words = ("eval", "linear", "digits.zarr", "-q", "--loss", f"mine:{name}")
+            outcome = farcli(*words, cwd=folder, env=env)
+            assert (outcome.code, outcome.out) == (2, "")
+            assert text in outcome.err
+            assert "bug" not in outcome.err
+
 
 class TestForecasters:
     def test_fitted_on_another_network(self, farcli, folder):
@@ -146,6 +179,24 @@ class TestForecasters:
         for name in ("foreign.safetensors", "broken.safetensors"):
             refused(farcli, folder, ("forecast", name, "digits.zarr", "-o", "new.zarr"), 3, name)
             refused(farcli, folder, ("inspect", name), 3, name)
+
+    def test_a_forecaster_that_was_tampered_with(self, farcli, folder):
+        data = bytearray((folder / "lfd2.safetensors").read_bytes())
+        data[-3] ^= 1
+        (folder / "lfd2.safetensors").write_bytes(data)
+        refused(farcli, folder, FORECAST, 3, "lfd2.safetensors", "damaged")
+
+    def test_options_that_do_not_apply(self, farcli, folder):
+        for words, text in (
+            ((*FORECAST, "--context", "4"), "fitted already"),
+            (("eval", "forecast.zarr", "digits.zarr", "--context", "4"), "--context"),
+            (("eval", "forecast.zarr", "digits.zarr", "--set", "span=2"), "--set"),
+            (("eval", "forecast.zarr", "digits.zarr", "--from", "20"), "starts at step 15"),
+            (("eval", "linear", "digits.zarr", "--context", "0"), "at least 1"),
+            (("eval", "linear", "linear", "digits.zarr"), "twice"),
+            (("fit", "lfd2", "digits.zarr", "digits.zarr", "-o", "new.safetensors"), "twice"),
+        ):
+            refused(farcli, folder, words, 2, text)
 
     def test_a_method_that_must_be_fitted_first(self, farcli, folder):
         refused(
@@ -223,6 +274,22 @@ class TestOutputs:
     def test_an_output_that_exists(self, farcli, folder, words):
         refused(farcli, folder, words, 2, words[-1], "exists", "--force")
 
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ("forecast", "linear", "digits.zarr", "-o", "digits.zarr"),
+            ("forecast", "linear", "digits.zarr", "-o", "digits.zarr/forecast.zarr"),
+            ("fit", "lfd2", "digits.zarr", "-o", "digits.zarr/lfd2.safetensors"),
+            ("export", "digits.zarr", "--run", "0", "-o", "digits.zarr/zarr.json"),
+        ],
+    )
+    def test_an_output_never_replaces_its_input(self, farcli, folder, words):
+        refused(farcli, folder, (*words, "--force"), 2, "its own input")
+
+    def test_an_unfinished_recording_is_offered_to_be_resumed(self, farcli, folder):
+        (folder / "linreg.zarr/zarr.json").unlink()
+        refused(farcli, folder, ("record", "linreg", "-o", "linreg.zarr"), 2, "unfinished", "--resume")
+
     def test_force_replaces(self, farcli, folder):
         before = (folder / "forecast.zarr/zarr.json").read_bytes()
         assert farcli(*FORECAST[:4], "forecast.zarr", "--runs", "1:3", "--force", cwd=folder).code == 0
@@ -263,7 +330,10 @@ class TestOutputs:
             assert listing(folder) == before
 
     def test_too_little_memory(self, farcli, folder):
-        refused(farcli, folder, (*FIT, "--memory", "10K"), 6, "--memory", "too small")
+        message = refused(farcli, folder, (*FIT, "--memory", "10K"), 6, "--memory 10 kB", "too small")
+        enough = re.search(r"at least ([\d.]+) ([kM])B", message)
+        assert enough, message
+        assert farcli(*FIT, "--memory", f"{enough[1]}{enough[2]}", cwd=folder).code == 0
 
     def test_a_dense_map_too_large(self, farcli, folder):
         refused(farcli, folder, (*FIT, "--set", "map=dense", "--memory", "2M"), 6, "D = ")

@@ -178,14 +178,24 @@ class TestShape:
             assert done.code == 0, done.err
             return json.loads(done.out)["fit"]
 
-        assert (shown()["context"], shown()["memory"], shown()["settings"]) == (3, "1G", ["ridge=0.5"])
+        assert (shown()["context"], shown()["memory"], shown()["set"]) == (3, "1G", ["ridge=0.5"])
         assert shown(FARCLI_FIT_CONTEXT="4")["context"] == 4
         assert shown(FARCLI_MEMORY="3G")["memory"] == "3G"
         assert shown("--context", "6", FARCLI_FIT_CONTEXT="4")["context"] == 6
-        (tmp_path / "c.toml").write_text("[fit]\ncontxt = 3\n")
-        done = farcli(*words, cwd=folder)
-        assert done.code == 2
-        assert "Did you mean 'context'" in done.err
+        plain = words[:-2]
+        done = farcli(*plain, "--show-config", cwd=folder, env={"FARCLI_CONFIG": str(tmp_path / "c.toml")})
+        assert json.loads(done.out)["fit"]["context"] == 3
+        for text, message in (
+            ("[fit]\ncontxt = 3\n", "Did you mean 'context'"),
+            ("[fti]\ncontext = 3\n", "Did you mean 'fit'"),
+            ("context = 3\n", "Unknown subcommand"),
+            ("fit = 3\n", "must be a table"),
+            ("[fit\n", "not valid TOML"),
+        ):
+            (tmp_path / "c.toml").write_text(text)
+            done = farcli(*words, cwd=folder)
+            assert done.code == 2, text
+            assert message in done.err
 
     def test_listings(self, farcli):
         methods = [json.loads(line) for line in farcli("methods").out.splitlines()]
