@@ -138,7 +138,7 @@ def record(
     if sync not in (None, "none", "commit", "always"):
         raise UsageError(f"--sync {sync!r}: expected none, commit or always.")
     try:
-        chosen = [int(part) for part in at.split(",")] if at else None
+        chosen = [int(part) for part in at.split(",")] if at is not None else None
     except ValueError:
         raise UsageError(f"--at {at!r}: expected steps like 0,1,2,5,10.") from None
     path = Path(expand_output(str(output), seed=seed if seed is not None or not workload else 0))
