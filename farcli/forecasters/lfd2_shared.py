@@ -30,8 +30,9 @@ _TILE_ELSEWHERE = 1 << 22
 """Float64 numbers of one tile: 4 MiB on a CPU, so that what is converted is used again from its caches."""
 _LONG = 4096
 """Coordinates of one tensor from which runs are taken in one by one."""
-_LONG_TILE = 6144
-"""Columns of a tile of those: its float64 numbers stay in a core's own cache; larger ones start BLAS threads."""
+_LONG_WIDTH, _LONG_ROWS = 6144, 12
+"""Columns and horizons of a tile of those: its float64 numbers stay in a core's own cache, what is read of a row is
+long enough for the processor to read ahead, and larger products would start BLAS threads."""
 _PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 _SCALE_FLOOR = 1e-3
 """A tensor's scale is at least this part of the scale over all tensors: else those that hardly move, whose
@@ -113,25 +114,29 @@ class SquaredSums(Sums):
         """
         stop = min(segment.stop, self._coordinates - prefix.start)
         horizons = truth_BHD.shape[1]
-        columns_QN, last_N = np.empty((3 + horizons, _LONG_TILE)), np.empty(_LONG_TILE)
-        columns_QN[2] = 1
+        basis_PN, last_N = np.empty((3, _LONG_WIDTH)), np.empty(_LONG_WIDTH)
+        targets_GN = np.empty((min(_LONG_ROWS, horizons), _LONG_WIDTH))
+        basis_PN[2] = 1
         for run, weights_CD, truth_HD in zip(prefix.runs_B, prefix.weights_BCD.numpy(), truth_BHD.numpy(), strict=True):
             products_PQ = np.zeros((3, 3 + horizons))
             squares_H, absolutes_H = np.zeros(horizons), np.zeros(horizons)
-            for start in range(segment.start, stop, _LONG_TILE):
-                part = slice(start, min(start + _LONG_TILE, stop))
-                tile_QN, w_n = columns_QN[:, : part.stop - start], last_N[: part.stop - start]
-                targets_HN = tile_QN[3:]
+            for start in range(segment.start, stop, _LONG_WIDTH):
+                part = slice(start, min(start + _LONG_WIDTH, stop))
+                z_PN, w_n = basis_PN[:, : part.stop - start], last_N[: part.stop - start]
                 # Cast first: a subtraction that casts on the way takes three times as long.
-                np.copyto(tile_QN[0], weights_CD[0, part])
+                np.copyto(z_PN[0], weights_CD[0, part])
                 np.copyto(w_n, weights_CD[-1, part])
-                np.subtract(w_n, tile_QN[0], out=tile_QN[1])
-                np.copyto(targets_HN, truth_HD[:, part])
-                np.subtract(targets_HN, w_n, out=targets_HN)
-                products_PQ += tile_QN[:3] @ tile_QN.T
-                squares_H += np.vecdot(targets_HN, targets_HN)
-                if self._absolute:
-                    absolutes_H += np.abs(targets_HN).sum(axis=1)
+                np.subtract(w_n, z_PN[0], out=z_PN[1])
+                products_PQ[:, :3] += z_PN @ z_PN.T
+                for first in range(0, horizons, _LONG_ROWS):
+                    some = slice(first, min(first + _LONG_ROWS, horizons))
+                    y_GN = targets_GN[: some.stop - first, : part.stop - start]
+                    np.copyto(y_GN, truth_HD[some, part])
+                    np.subtract(y_GN, w_n, out=y_GN)
+                    products_PQ[:, 3 + first : 3 + some.stop] += z_PN @ y_GN.T
+                    squares_H[some] += np.vecdot(y_GN, y_GN)
+                    if self._absolute:
+                        absolutes_H[some] += np.abs(y_GN).sum(axis=1)
             self.products_RSPQ[run, segment.slot] += torch.from_numpy(products_PQ)
             self.squares_RSH[run, segment.slot] += torch.from_numpy(squares_H)
             self.absolutes_SH[segment.slot] += torch.from_numpy(absolutes_H)

@@ -29,6 +29,8 @@ _ENTRY = 16
 _ABSENT = 2**64 - 1
 _BATCH_BYTES = 1 << 20
 """Bytes of chunks fetched by one call: few calls, and still in the cache when they are checked."""
+_KEEP_GIL = 0
+"""Checksums of what lies in the cache take 10 µs a chunk: less than to hand the interpreter over and get it back."""
 _MOST_INDICES = 64
 _MOST_CHUNKS = 256
 """Chunks fetched by one call; the system refuses more than IOV_MAX = 1024 buffers."""
@@ -60,6 +62,7 @@ class NativeArray:
         self._runs = runs
         self._steps = steps
         self._per_file = metadata.chunks_per_file
+        self._chunk_bytes = metadata.chunk_bytes
         self._batch = max(1, min(_MOST_CHUNKS, _BATCH_BYTES // metadata.chunk_bytes))
         # Shards whose index is known to say "one chunk behind the other"; they are never changed once committed.
         self._in_order: set[str] = set()
@@ -177,7 +180,7 @@ class NativeArray:
         """Fill buffers from a file, wholly."""
         try:
             found = _readv_at(fd, views, offset)
-            expected = sum(view.nbytes for view in views)
+            expected = sum([view.nbytes for view in views])
             while found < expected:  # the end of the file, or more than one call can read (2 GiB)
                 rest, skip = [], found
                 for view in views:
@@ -212,7 +215,7 @@ class NativeArray:
         scratch buffer, because its checksum needs it.
         """
         meta, per_file = self.metadata, self._per_file
-        item, width, size = meta.dtype.itemsize, meta.inner[2], meta.chunk_bytes
+        item, width, size = meta.dtype.itemsize, meta.inner[2], self._chunk_bytes
         inner = (run % meta.outer[0], step % meta.outer[1])
         trailer = memoryview(bytearray(_CRC))
         first, last = start // width, (stop - 1) // width
@@ -237,13 +240,13 @@ class NativeArray:
 
     def _fetch_many(self, fd: int, body: memoryview, count: int, offset: int, cell: tuple[int, int], key: str) -> None:
         """Fill a buffer with chunks that lie one behind the other, and compare their checksums."""
-        size = self.metadata.chunk_bytes
+        size = self._chunk_bytes
         trailer = memoryview(bytearray(count * _CRC))
         chunks = [body[at : at + size] for at in range(0, count * size, size)]
         views = [view for i, chunk in enumerate(chunks) for view in (chunk, trailer[i * _CRC : (i + 1) * _CRC])]
         self._fill(fd, views, offset, cell, key)
         for i, chunk in enumerate(chunks):
-            if crc32c(chunk) != int.from_bytes(views[2 * i + 1], "little"):
+            if crc32c(chunk, 0, _KEEP_GIL) != int.from_bytes(views[2 * i + 1], "little"):
                 raise self._damaged(cell, key, f"fails its checksum (at byte {offset + i * (size + _CRC)})")
 
     def _read_boxes(self, runs: Sequence[int], steps: Sequence[int], start: int, stop: int, out: np.ndarray) -> None:
