@@ -29,6 +29,10 @@ $(VENV)/dev: pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[dev]'
 	@touch $@ $(VENV)/demo
 
+$(VENV)/frameworks: $(VENV)/dev
+	$(INSTALL) --editable '.[dev,transformers,lightning]'
+	@touch $@
+
 install: $(VENV)/dev  ## Make .venv with everything for development
 
 # ------------------------------------------------------------------------ demo
@@ -74,7 +78,7 @@ bench-store: $(VENV)/dev  ## Time the store against its yardsticks, into scripts
 test: $(VENV)/dev  ## Run the tests, in a few minutes
 	$(BIN)/python -m pytest -q -n $(THREADS) -m 'not slow'
 
-test-slow: $(VENV)/dev  ## Run the tests that take longer
+test-slow: $(VENV)/frameworks  ## Run the tests that take longer
 	$(BIN)/python -m pytest -q -m slow
 
 format: $(VENV)/dev  ## Format the code
