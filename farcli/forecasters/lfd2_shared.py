@@ -28,8 +28,8 @@ from farcli.layout import Segment
 _TILE = {"cpu": 1 << 19}
 _TILE_ELSEWHERE = 1 << 22
 """Float64 numbers of one tile: 4 MiB on a CPU, so that what is converted is used again from its caches."""
-_LONG = 4096
-"""Coordinates of one tensor from which runs are taken in one by one."""
+_LONG, _LONG_OF_FEW, _FEW_RUNS = 4096, 64, 16
+"""Coordinates of one tensor from which runs are taken in one by one: in general, and where they are few."""
 _LONG_WIDTH, _LONG_ROWS = 6144, 12
 """Columns and horizons of a tile of those: its float64 numbers stay in a core's own cache, what is read of a row is
 long enough for the processor to read ahead, and larger products would start BLAS threads."""
@@ -92,9 +92,11 @@ class SquaredSums(Sums):
         horizons = truth_BHD.shape[1]
         segments = prefix.segments
         if device.type == "cpu":
-            long = [segment for segment in segments if segment.stop - segment.start >= _LONG]
-            for segment in long:
-                self._add_long(prefix, truth_BHD, segment)
+            least = _LONG if len(prefix.runs_B) > _FEW_RUNS else _LONG_OF_FEW
+            long = [segment for segment in segments if segment.stop - segment.start >= least]
+            with np.errstate(over="ignore", invalid="ignore"):  # `finite` tells
+                for segment in long:
+                    self._add_long(prefix, truth_BHD, segment)
             segments = [segment for segment in segments if segment not in long]
         for tile in tiles(prefix, truth_BHD, self._coordinates, 3 + horizons, segments):
             columns_BQN, runs_B = tile.columns_BQN, torch.tensor(tile.runs_B, device=device)
