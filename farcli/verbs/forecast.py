@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -116,8 +115,7 @@ def forecast(
             resolved, source, steps_H, buffers=buffers, memory=memory, device=resolve_device(device)
         )
         for group, members in groupby(blocks, key=lambda pair: pair[0].runs):
-            with ExitStack() as stack:
-                sink = stack.enter_context(writer.columns(list(group), list(steps_H)))
+            with writer.columns(list(group), list(steps_H)) as sink:
                 for block, weights_BHD in members:
                     sink.write(block.prefix.start, weights_BHD.cpu().numpy())
                     done += len(group) * (block.stop - block.prefix.start)
