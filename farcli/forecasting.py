@@ -22,6 +22,7 @@ from farcli.policies import Buffers
 from farcli.registry import unknown
 from farcli.store import Trajectory
 from farcli.stream import Source, Stream, require_finite
+from farcli.training import completed
 
 DEFAULT_CONTEXT = 5
 """Snapshots of a prefix where nothing says otherwise: GFM's n = 4."""
@@ -398,7 +399,8 @@ def overlap(training: Sequence[TrainingData], truth: Trajectory) -> tuple[int, .
     found = {run for data in training if data.id == truth.id for run in data.runs}
     workload = truth.header.get("workload")
     if workload is not None:
-        seen = {seed for data in training if data.workload == workload for seed in data.seeds}
+        same = completed(workload)
+        seen = {seed for data in training if data.workload and completed(data.workload) == same for seed in data.seeds}
         found |= {run for run, seed in _seeds(truth).items() if seed in seen}
     return tuple(sorted(found))
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -11,24 +13,43 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from farcli import weights
-from farcli.config import configure
-from farcli.errors import StoreError, UsageError
+from farcli.config import configure, options_of
+from farcli.errors import FarcliError, StoreError, UsageError
+from farcli.files import staged_file
 from farcli.layout import Layout
 from farcli.registry import resolve
 from farcli.workloads.base import Workload, evaluating
+from farcli.workloads.optimisation import spanning
+from farcli.workloads.randomness import drawing, noise
 from farcli.workloads.table import WORKLOADS
 
 
-def workload_from(name: str, options: Mapping[str, str]) -> Workload:
+def workload_from(name: str, options: Mapping[str, str], *, steps: int | None = None) -> Workload:
     """A workload by its name in the table (or "package.module:Class"), with options as typed.
+
+    Args:
+        name: of the workload.
+        options: by name; the rest have their defaults.
+        steps: that a schedule of the learning rate spans if no option says so; the workload's own number when None.
 
     Raises:
         UsageError: an unknown name or option, or its data is not there.
     """
+    chosen = _class_of(name)
+    config = configure(chosen.Config, options, name)
+    if steps is not None:
+        try:
+            config = spanning(config, steps)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from error
+    return chosen(config)
+
+
+def _class_of(name: str) -> type[Workload]:
     chosen = resolve("workload", name, WORKLOADS)
     if not (isinstance(chosen, type) and issubclass(chosen, Workload)):
         raise UsageError(f"workload {name!r}: is {chosen!r}, expected a subclass of farcli.workloads.base.Workload.")
-    return chosen(configure(chosen.Config, options, name))
+    return chosen
 
 
 def describe_workload(name: str, workload: Workload) -> dict[str, Any]:
@@ -38,6 +59,19 @@ def describe_workload(name: str, workload: Workload) -> dict[str, Any]:
         "name": name,
         "options": {field.name: _as_typed(getattr(config, field.name)) for field in fields(config)},
     }
+
+
+def completed(description: Mapping[str, Any]) -> dict[str, Any]:
+    """What `describe_workload` wrote, with options that came after it at their defaults; as it is where unreadable.
+
+    So that recordings of the same training compare as equal whichever version made them.
+    """
+    try:
+        known = options_of(_class_of(description["name"]).Config)
+        options = {option.name: _as_typed(option.default) for option in known} | dict(description["options"])
+    except (FarcliError, KeyError, TypeError):
+        return dict(description)
+    return {**description, "options": options}
 
 
 def workload_of(header: Mapping[str, Any]) -> Workload | None:
@@ -89,7 +123,7 @@ class TrainingRun:
         seeds: one for each run; exactly one unless the workload trains in lockstep.
 
     Attributes:
-        step: optimiser steps taken.
+        step: optimiser steps taken; it decides the learning rate.
         layout: of one run's vectors.
     """
 
@@ -100,6 +134,10 @@ class TrainingRun:
         self.optimizer = workload.optimizer(self.model)
         self.layout = weights.layout_of_module(self.model, lead=int(workload.lockstep))
         self.step = 0
+        self._seeds = list(seeds)
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._noise = noise(seeds[0])
+        self._drawn = 0
         self._batches = workload.batches(seeds)
 
     def advance(self, steps: int) -> np.ndarray:
@@ -110,14 +148,61 @@ class TrainingRun:
         """
         assert steps >= 1
         loss = torch.empty(0)
-        with threads(self.workload.threads):
+        with threads(self.workload.threads), drawing(self._noise):
             for _ in range(steps):
+                multiple = self.workload.rate(self.step)
+                for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                    group["lr"] = rate * multiple
                 loss = self.workload.loss(self.model, next(self._batches))
+                self._drawn += 1
                 self.optimizer.zero_grad()
                 loss.sum().backward()  # of independent runs: each gets the gradient of its own loss
                 self.optimizer.step()
-        self.step += steps
+                self.step += 1
         return loss.detach().reshape(-1).double().cpu().numpy()
+
+    def save(self, path: Path) -> None:
+        """Write all that training goes on from, whole or not at all: weights, optimiser, step, data order, noise.
+
+        Raises:
+            UsageError: the system refuses.
+            ResourceError: no space left.
+        """
+        state = {
+            "torch": str(torch.__version__),
+            "seeds": self._seeds,
+            "step": self.step,
+            "drawn": self._drawn,
+            "noise": self._noise,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        with staged_file(path, replace=True) as temporary:
+            torch.save(state, temporary)
+
+    def restore(self, path: Path, most: int) -> bool:
+        """Go on from what `save` wrote, bit for bit, if it is of these seeds, this torch and at most `most` steps.
+
+        Returns:
+            Whether it was; nothing changes where not.
+
+        Raises:
+            StoreError: the file cannot be read.
+        """
+        try:
+            state = torch.load(path, weights_only=True)
+            if (state["torch"], state["seeds"]) != (str(torch.__version__), self._seeds) or state["step"] > most:
+                return False
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self._drawn, self._noise = state["step"], state["drawn"], state["noise"]
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+            raise StoreError(
+                f"{path}: the saved training cannot be read ({type(error).__name__}).",
+                "Remove this file: the run is then trained again from its seed.",
+            ) from error
+        self._batches = self.workload.batches(self._seeds, self._drawn)
+        return True
 
     def vectors(self) -> np.ndarray:
         """A copy of the weights and float buffers, shape [R, D]."""

@@ -152,25 +152,95 @@ def test_a_stopped_recording_goes_on_bit_for_bit(arguments: dict[str, Any], stra
     assert row["snapshots"] == 4
 
 
-@pytest.mark.parametrize(("calls", "left"), [(24, 3), (25, 2), (26, 2), (49, 2), (50, 1)])
-def test_finished_runs_are_not_trained_again(calls: int, left: int, tmp_path: Path):
+@pytest.mark.parametrize(("calls", "left"), [(0, 3), (24, 3), (25, 2), (26, 2), (49, 2), (50, 1)])
+def test_no_step_is_trained_again(calls: int, left: int, tmp_path: Path):
     path = tmp_path / "run.zarr"
     with pytest.raises(StoppedError, match=f"of run {3 - left}"):
         record(**DIGITS, output=path, stop=after(calls))
     asked = count()
     record(**DIGITS, output=path, resume=True, stop=lambda: next(asked) < 0)
-    assert next(asked) == 25 * left
+    assert next(asked) == 75 - calls
     record(**DIGITS, output=tmp_path / "straight.zarr")
     assert whole(path) == whole(tmp_path / "straight.zarr")
 
 
 def test_stopping_again_and_again_still_arrives(straight: Path, arguments: dict[str, Any], tmp_path: Path):
     path = tmp_path / "run.zarr"
-    for calls in (5, 13, 22):
-        with pytest.raises(StoppedError):
+    for calls, step in ((5, 5), (8, 13), (0, 13), (9, 22)):
+        with pytest.raises(StoppedError, match=f"stopped at step {step} of"):
             record(**arguments, output=path, resume=True, stop=after(calls))
+        assert (path / "training.pt").exists()
     record(**arguments, output=path, resume=True)
     assert whole(path) == whole(straight)
+    assert not (path / "training.pt").exists()
+    assert Trajectory.open(path).nbytes == Trajectory.open(straight).nbytes
+
+
+def test_a_schedule_and_its_optimiser_go_on_where_they_were(tmp_path: Path):
+    options = {"optimizer": "adam", "schedule": "wsd", "warmup": "4", "batch": "32"}
+    recording = LINREG | {"options": options}
+    path, straight = tmp_path / "run.zarr", tmp_path / "straight.zarr"
+    with pytest.raises(StoppedError):
+        record(**recording, output=path, stop=after(21))
+    record(**recording, output=path, resume=True)
+    record(**recording, output=straight)
+    assert whole(path) == whole(straight)
+    assert Trajectory.open(path).header["workload"]["options"]["span"] == "25"
+
+
+def test_a_state_that_does_not_fit_its_snapshots_is_not_gone_on_from(tmp_path: Path):
+    ahead, behind, straight = (tmp_path / f"{name}.zarr" for name in ("ahead", "behind", "straight"))
+    record(**DIGITS, output=straight)
+    for path, calls in ((ahead, 15), (behind, 5)):
+        with pytest.raises(StoppedError):
+            record(**DIGITS, output=path, stop=after(calls))
+    (behind / "training.pt").write_bytes((ahead / "training.pt").read_bytes())
+    asked = count()
+    record(**DIGITS, output=behind, resume=True, stop=lambda: next(asked) < 0)
+    assert next(asked) == 75  # from the seed: the snapshot of step 10 was never stored
+    assert whole(behind) == whole(straight)
+
+
+def test_a_state_of_other_weights_than_the_snapshot_of_its_step_is_noticed(tmp_path: Path):
+    path, other = tmp_path / "run.zarr", tmp_path / "other.zarr"
+    for place, options in ((path, {}), (other, {"lr": "0.01"})):
+        with pytest.raises(StoppedError):
+            record(**DIGITS, output=place, options=options, stop=after(10))
+    (path / "training.pt").write_bytes((other / "training.pt").read_bytes())
+    with pytest.raises(StoreError, match="run 0, trained again, differs from what is stored at step 10"):
+        record(**DIGITS, output=path, resume=True)
+
+
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no archive", None])
+def test_a_damaged_state_is_named(damage: bytes | None, tmp_path: Path):
+    path = tmp_path / "run.zarr"
+    with pytest.raises(StoppedError):
+        record(**DIGITS, output=path, stop=after(12))
+    state = path / "training.pt"
+    state.write_bytes(state.read_bytes()[:-500] if damage is None else damage)
+    with pytest.raises(StoreError, match=r"training\.pt: the saved training cannot be read") as caught:
+        record(**DIGITS, output=path, resume=True)
+    assert "Remove this file" in str(caught.value.hint)
+    state.unlink()
+    record(**DIGITS, output=path, resume=True)
+
+
+def test_a_recording_of_a_version_with_fewer_options_is_gone_on_with(tmp_path: Path):
+    path, older = tmp_path / "run.zarr", tmp_path / "older.zarr"
+    with pytest.raises(StoppedError):
+        record(**LINREG, output=path, stop=after(12))
+    stored = Trajectory.open(path, partial=True)
+    header = {name: stored.header[name] for name in ("workload", "seed", "seeds", "recording", "provenance")}
+    options = {k: v for k, v in header["workload"]["options"].items() if k not in ("schedule", "warmup", "span")}
+    header["workload"] = {"name": "linreg", "options": options}
+    with TrajectoryWriter.create(
+        older, stored.layout, stored.runs, header=header, planned_steps=[0, 10, 20, 25], lockstep=True
+    ) as writer:
+        for step in (0, 10):
+            writer.append(step, stored.read(stored.runs, [step])[:, 0])
+    record(**LINREG, output=older, resume=True)
+    record(**LINREG, output=path, resume=True)
+    assert whole(older) == whole(path)
 
 
 def test_resuming_what_is_finished_only_prints_its_row(tmp_path: Path):
@@ -224,7 +294,7 @@ def test_resuming_on_a_machine_that_computes_otherwise_is_noticed(tmp_path: Path
     ) as writer:
         for step, vector in zip((0, 10), vectors, strict=True):
             writer.append(step, vector, stored.integers(0, step), run=0)
-    with pytest.raises(StoreError, match=r"run 0, trained again from its seed, differs .* step 10"):
+    with pytest.raises(StoreError, match=r"run 0, trained again, differs .* step 10"):
         record(**DIGITS, output=other, resume=True)
 
 

@@ -23,8 +23,11 @@ from farcli.layout import Layout
 from farcli.provenance import provenance
 from farcli.store import Trajectory, TrajectoryWriter, is_store
 from farcli.store.disk import Sync
-from farcli.training import TrainingRun, describe_workload, run_seed, workload_from
+from farcli.training import TrainingRun, completed, describe_workload, run_seed, workload_from
 from farcli.workloads.base import Workload
+
+_STATE = "training.pt"
+"""The file in an unfinished store that holds the interrupted run's training."""
 
 
 def record(
@@ -48,8 +51,9 @@ def record(
 ) -> dict[str, Any]:
     """Train a workload from its seed, some runs over, and store a snapshot of the weights now and then.
 
-    A run goes on only from its start: resuming trains an interrupted run again, checks that it gives
-    the snapshots already stored bit for bit, and adds the missing ones; finished runs are kept.
+    A stop saves the training beside the snapshots, and resuming goes on from there. Where a recording ended
+    without (killed, or on a machine with another torch), the interrupted run is trained again from its seed and
+    has to give the snapshots already stored bit for bit. Finished runs are kept.
 
     Args:
         workload: a name in the table of workloads, or "package.module:Class".
@@ -96,11 +100,12 @@ def record(
             f"{output}: already exists, unfinished.", "Pass --resume to go on with it, or --force to replace it."
         )
     check_outcome(output, replace=replace, resume=resume)
-    task = workload_from(workload, options or {})
-    if steps is None:
-        steps = at[-1] if at else task.default_steps
+    if steps is None and at:
+        steps = at[-1]
         if steps < 1:
             raise UsageError(f"--at {steps}: expected a step of at least 1 to train to.")
+    task = workload_from(workload, options or {}, steps=steps)
+    steps = steps or task.default_steps
     if every is None and not at and log_spaced is None:
         every = task.default_every
     schedule = _schedule(steps, every, at, log_spaced)
@@ -147,11 +152,12 @@ def record(
             sync=sync,
             replace=replace,
         )
+    saved = output / _STATE
     if writer is not None:
         deadline = began + time_limit if time_limit is not None else float("inf")
         recording = _Recording(
             writer=writer,
-            resumable=not replacing,
+            state=None if replacing else saved,
             schedule=schedule,
             total=steps * (1 if task.lockstep else runs),
             stop=lambda: stop() or time.monotonic() > deadline,
@@ -167,6 +173,7 @@ def record(
                 writer.finish()
         except ResourceError as error:
             raise ResourceError(str(error), "Free some space and run the same command again with --resume.") from error
+    saved.unlink(missing_ok=True)
     return row | {"bytes": Trajectory.open(output).nbytes, "seconds": time.monotonic() - began}
 
 
@@ -200,7 +207,10 @@ def _resume(path: Path, header: Mapping[str, Any], layout: Layout, sync: Sync) -
     except UnfinishedError:
         stored, finished = Trajectory.open(path, partial=True), False
     for name in ("workload", "seed", "seeds", "recording"):
-        difference = _difference(stored.header.get(name), header[name], name)
+        before = stored.header.get(name)
+        if name == "workload" and isinstance(before, Mapping):
+            before = completed(before)
+        difference = _difference(before, header[name], name)
         if difference is not None:
             raise UsageError(
                 f"{path}: holds another recording: {difference}.",
@@ -233,7 +243,7 @@ class _Recording:
         self,
         *,
         writer: TrajectoryWriter,
-        resumable: bool,
+        state: Path | None,
         schedule: list[int],
         total: int,
         stop: Callable[[], bool],
@@ -241,7 +251,7 @@ class _Recording:
     ) -> None:
         self.path = writer.path
         self.writer = writer
-        self.resumable = resumable
+        self.state = state
         self.schedule = schedule
         self.total = total
         self.stop = stop
@@ -249,16 +259,21 @@ class _Recording:
         self.done = 0
 
     def train(self, workload: Workload, seeds: Sequence[int], runs: Sequence[int]) -> None:
-        """Train one run, or all at once, from the start; snapshots stored before are checked, not written."""
+        """Train one run, or all at once; snapshots stored before are checked, not written."""
         committed = min(self.writer.snapshots[run] for run in runs)
         if committed < len(self.schedule):
             stored = Trajectory.open(self.path, partial=True) if committed else None
             training = TrainingRun(workload, seeds)
+            if self.state is not None and self.state.exists():
+                # further than the snapshots: power was lost before these reached the disk
+                training.restore(self.state, most=self.schedule[committed] - 1)
             losses = np.full(len(runs), np.nan)
             for index, step in enumerate(self.schedule):
+                if step < training.step:
+                    continue
                 while training.step < step:
                     if self.stop():
-                        self._stopped(training.step, runs)
+                        self._stopped(training, runs)
                     losses = training.advance(1)
                     self.report(self.done + training.step, self.total, f"{_label(runs)}, step {training.step}")
                 vectors, integers = training.vectors(), training.integers()
@@ -271,11 +286,12 @@ class _Recording:
                     self.writer.append(step, vectors[0], integers[0], run=runs[0])
         self.done += self.schedule[-1]
 
-    def _stopped(self, step: int, runs: Sequence[int]) -> None:
-        where = f"{self.path}: stopped at step {step} of {_label(runs)}"
-        if not self.resumable:
+    def _stopped(self, training: TrainingRun, runs: Sequence[int]) -> None:
+        where = f"{self.path}: stopped at step {training.step} of {_label(runs)}"
+        if self.state is None:
             raise FarcliError(f"{where}; the store it was to replace is kept, nothing of the new one is.")
         self.writer.close()  # says so when the disk is full; leaving the writer's block would not
+        training.save(self.state)
         saved, planned = sum(self.writer.snapshots), len(self.writer.snapshots) * len(self.schedule)
         raise StoppedError(f"{where}; {saved} of {planned} snapshots are saved.", "Run it again with --resume.")
 
@@ -287,7 +303,7 @@ class _Recording:
                 f"{self.path}: run {runs[index]} diverged: its weights are not finite at step {step} "
                 f"(training loss {losses[index]:g}).",
                 "Try a lower learning rate."
-                + (" The snapshots before can be read with --partial." if self.resumable else ""),
+                + (" The snapshots before can be read with --partial." if self.state is not None else ""),
             )
 
     def _compare(
@@ -298,7 +314,7 @@ class _Recording:
             same = before[index].tobytes() == vectors[index].astype(before.dtype).tobytes()
             if not (same and np.array_equal(stored.integers(run, step), integers[index])):
                 raise StoreError(
-                    f"{self.path}: run {run}, trained again from its seed, differs from what is stored at step {step}.",
+                    f"{self.path}: run {run}, trained again, differs from what is stored at step {step}.",
                     "Was it begun with other versions, or on another machine? `farcli inspect` shows them; "
                     "--force records everything anew.",
                 )

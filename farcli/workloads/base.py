@@ -9,20 +9,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from farcli.workloads.optimisation import TrainingOptions, build_optimizer, rate_multiple
+
 Batch = tuple[Tensor, ...]
 
 
 class Workload(ABC):
     """A network, its data, its optimiser and its held-out measure.
 
-    Implementations are final; options are the fields of the frozen dataclass `Config`, each with
-    `metadata={"help": …}`. Everything random is drawn from the seeds given, never from global state.
+    Implementations are final; options are the fields of the frozen dataclass `Config`, which inherits those of
+    training, each with `metadata={"help": …}`. Everything random is drawn from the seeds given, never from global
+    state. Only dropout and its like draw from torch's generator, in `loss`: training seeds it for them.
 
     Runs in lockstep: where `lockstep` is true, one model trains all runs at once and every parameter
     and buffer carries a leading axis over runs; elsewhere a model holds one run, and `seeds` has length 1.
+    A lockstep workload draws nothing from torch's generator: it would make a run depend on its neighbours.
     """
 
-    Config: ClassVar[type]
+    Config: ClassVar[type[TrainingOptions]]
     lockstep: ClassVar[bool]
     summary: ClassVar[str]
     """One line for listings: what is trained on what."""
@@ -33,6 +37,8 @@ class Workload(ABC):
     threads: ClassVar[int | None] = None
     """Threads that torch computes it with; a fixed number makes its runs equal on machines with other
     numbers of cores, and small networks train fastest with 1. None leaves torch's setting alone."""
+    fused: ClassVar[bool] = False
+    """Whether the optimiser uses torch's fused kernels: faster, but in lockstep not equal to each run alone."""
 
     @abstractmethod
     def __init__(self, config: Any) -> None:
@@ -44,20 +50,29 @@ class Workload(ABC):
 
     @property
     @abstractmethod
-    def config(self) -> Any:
-        """The options, an instance of `Config`."""
+    def config(self) -> TrainingOptions:
+        """The options, an instance of `Config` with nothing about training left open."""
 
     @abstractmethod
     def model(self, seeds: Sequence[int]) -> nn.Module:
         """A freshly initialised network, in training mode."""
 
-    @abstractmethod
     def optimizer(self, model: nn.Module) -> Optimizer:
-        """The optimiser that trains it."""
+        """The optimiser that trains it, at the full learning rate."""
+        return build_optimizer(self.config, model.parameters(), fused=self.fused)
+
+    def rate(self, step: int) -> float:
+        """What the optimiser's learning rates are multiplied by in the update that leads from `step` to `step + 1`."""
+        return rate_multiple(self.config, step)
 
     @abstractmethod
-    def batches(self, seeds: Sequence[int]) -> Iterator[Batch]:
-        """Endless training batches, one per optimiser step, in an order the seeds determine."""
+    def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
+        """Endless training batches, one per optimiser step, in an order the seeds determine.
+
+        Args:
+            seeds: of the runs.
+            start: batches to leave out, as cheaply as may be: a resumed run has had them.
+        """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -11,37 +11,42 @@ Differs: nothing is known of the paper's batches or initial bias; they are optio
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import count
 from math import isfinite, sqrt
 from typing import Literal, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from farcli.workloads.base import Batch, Workload, evaluating
+from farcli.workloads.optimisation import (
+    RULE_HELP,
+    Rule,
+    TrainingOptions,
+    decay_help,
+    dtype_of,
+    rate_help,
+    resolved,
+)
 from farcli.workloads.randomness import Purpose, stream
 
 _SLOPE, _INTERCEPT, _TASK_STD = 2.0, 1.0, 0.1
 _HELD_OUT = 1000
 _FIXED_WEIGHT = 0.5
-_LR = {"adagrad": 0.1}
+_LR = {"sgd": 0.01, "momentum": 0.01, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.01, "adagrad": 0.1}
 _WEIGHT_DECAY = {"adamw": 0.01, "rmsprop": 0.01}
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinregConfig:
+class LinregConfig(TrainingOptions):
     """Options of `linreg`."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop", "adagrad"] = field(
-        default="sgd", metadata={"help": "update rule, from torch.optim"}
-    )
-    lr: float | None = field(default=None, metadata={"help": "learning rate; none means 0.01, for adagrad 0.1"})
-    weight_decay: float | None = field(
-        default=None, metadata={"help": "weight decay; none means 0.01 for adamw and rmsprop, else 0"}
-    )
+    optimizer: Rule = field(default="sgd", metadata=RULE_HELP)
+    lr: float | None = field(default=None, metadata=rate_help(_LR))
+    weight_decay: float | None = field(default=None, metadata=decay_help(_WEIGHT_DECAY))
     init: Literal["normal", "xavier_normal", "xavier_uniform", "fixed"] = field(
         default="normal",
         metadata={
@@ -55,16 +60,16 @@ class LinregConfig:
     )
     noise: float = field(default=0.1, metadata={"help": "standard deviation of the noise in y"})
     points: int = field(default=100, metadata={"help": "training points of each run"})
-    dtype: Literal["float32", "float64"] = field(default="float32", metadata={"help": "number format of the training"})
+    dtype: Literal["float32", "float64"] = field(
+        default="float32", metadata={"help": "number format of weights and training"}
+    )
 
     def __post_init__(self) -> None:
+        TrainingOptions.__post_init__(self)
         if self.points < 1 or self.batch < 1:
             raise ValueError(f"points={self.points}, batch={self.batch}, expected at least 1.")
         if not (isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise={self.noise}, expected a standard deviation of at least 0.")
-        for name, value in (("lr", self.lr), ("weight_decay", self.weight_decay)):
-            if value is not None and not (isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value}, expected a finite number of at least 0.")
         if self.init == "fixed" and self.bias_init == "normal":
             raise ValueError("init=fixed starts all runs at the same point, bias_init=normal does not; choose one.")
 
@@ -94,11 +99,8 @@ class Linreg(Workload):
     threads = 1
 
     def __init__(self, config: LinregConfig) -> None:
-        self._lr = _LR.get(config.optimizer, 0.01) if config.lr is None else config.lr
-        decay = config.weight_decay
-        self._weight_decay = _WEIGHT_DECAY.get(config.optimizer, 0.0) if decay is None else decay
-        self._config = replace(config, lr=self._lr, weight_decay=self._weight_decay)
-        self._dtype = torch.float64 if config.dtype == "float64" else torch.float32
+        self._config = resolved(config, lr=_LR, weight_decay=_WEIGHT_DECAY, span=self.default_steps)
+        self._dtype = dtype_of(config)
 
     @property
     def config(self) -> LinregConfig:
@@ -121,40 +123,26 @@ class Linreg(Workload):
                 weight = _FIXED_WEIGHT
         return weight, generator.normal() if self._config.bias_init == "normal" else 0.0
 
-    def optimizer(self, model: nn.Module) -> Optimizer:
-        """The chosen optimiser of `torch.optim`, with torch's defaults for what is no option."""
-        lr, decay = self._lr, self._weight_decay
-        match self._config.optimizer:
-            case "sgd":
-                return SGD(model.parameters(), lr=lr, weight_decay=decay)
-            case "adam":
-                return Adam(model.parameters(), lr=lr, weight_decay=decay)
-            case "adamw":
-                return AdamW(model.parameters(), lr=lr, weight_decay=decay)
-            case "rmsprop":
-                return RMSprop(model.parameters(), lr=lr, alpha=0.99, weight_decay=decay)
-            case "adagrad":
-                return Adagrad(model.parameters(), lr=lr, weight_decay=decay)
-
-    def batches(self, seeds: Sequence[int]) -> Iterator[Batch]:
+    def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Pairs (x, y) of shape [R, batch]; the last batch of an epoch may be smaller."""
         points, size = self._config.points, self._config.batch
         x_RN, y_RN = (torch.stack(part) for part in zip(*(self._points(s, "data", points) for s in seeds), strict=True))
+        while size >= points:
+            yield x_RN, y_RN
         orders = [stream(seed, "order") for seed in seeds]
-        while True:
-            if size >= points:
-                yield x_RN, y_RN
-                continue
+        epoch, first = divmod(start, -(-points // size))
+        for number in count():
             order_RN = torch.from_numpy(np.stack([generator.permutation(points) for generator in orders]))
-            for chosen in order_RN.split(size, dim=1):
-                yield x_RN.gather(1, chosen), y_RN.gather(1, chosen)
+            if number >= epoch:
+                for chosen in order_RN.split(size, dim=1)[first if number == epoch else 0 :]:
+                    yield x_RN.gather(1, chosen), y_RN.gather(1, chosen)
 
-    def _points(self, seed: int, purpose: Purpose, count: int) -> tuple[Tensor, Tensor]:
+    def _points(self, seed: int, purpose: Purpose, number: int) -> tuple[Tensor, Tensor]:
         task = stream(seed, "data")
         a, b = task.normal((_SLOPE, _INTERCEPT), _TASK_STD)
         generator = task if purpose == "data" else stream(seed, purpose)
-        x = generator.uniform(-1, 1, count)
-        y = a * x + b + self._config.noise * generator.normal(size=count)
+        x = generator.uniform(-1, 1, number)
+        y = a * x + b + self._config.noise * generator.normal(size=number)
         return torch.tensor(x, dtype=self._dtype), torch.tensor(y, dtype=self._dtype)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -6,9 +6,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
-Purpose = Literal["data", "held-out", "init", "order"]
-_PURPOSES: tuple[Purpose, ...] = ("data", "held-out", "init", "order")
+Purpose = Literal["data", "held-out", "init", "order", "noise"]
+_PURPOSES: tuple[Purpose, ...] = ("data", "held-out", "init", "order", "noise")
+"""Their places are part of every recording: append only."""
 
 
 def stream(seed: int, purpose: Purpose) -> np.random.Generator:
@@ -23,3 +25,42 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(stream(seed, "init").integers(2**63)))
         yield
+
+
+def noise(seed: int) -> Tensor:
+    """The first state of torch's generator on the CPU for what a run draws in training, such as dropout."""
+    return torch.Generator().manual_seed(int(stream(seed, "noise").integers(2**63))).get_state()
+
+
+@contextmanager
+def drawing(state: Tensor) -> Iterator[None]:
+    """Within it, torch draws on the CPU from `state`, which moves on; afterwards the global state is as before."""
+    before = torch.get_rng_state()
+    torch.set_rng_state(state)
+    try:
+        yield
+    finally:
+        state.copy_(torch.get_rng_state())
+        torch.set_rng_state(before)
+
+
+def shuffled(seed: int, count: int, size: int, start: int = 0) -> Iterator[Tensor]:
+    """Endless batches of indices, each of shape [size], from reshuffling 0 … count − 1 every epoch.
+
+    What is left of an epoch after the last whole batch is dropped.
+
+    Args:
+        seed: of the run.
+        count: of examples, at least `size`.
+        size: of a batch.
+        start: batches to leave out; costs one permutation for each epoch among them.
+    """
+    order, batches = stream(seed, "order"), count // size
+    for _ in range(start // batches):
+        order.permutation(count)
+    first = start % batches
+    while True:
+        permutation = torch.from_numpy(order.permutation(count))
+        for index in range(first, batches):
+            yield permutation[index * size : (index + 1) * size]
+        first = 0

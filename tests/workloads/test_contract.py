@@ -50,6 +50,28 @@ def test_the_same_seed_gives_the_same_trajectory_and_another_seed_another(worklo
     assert (np.abs(np.diff(first, axis=0)).max(axis=1) > 0).all()
 
 
+def test_a_saved_run_goes_on_bit_for_bit(workload: Workload, tmp_path: Path):
+    run, again, other = TrainingRun(workload, [SEED]), TrainingRun(workload, [SEED]), TrainingRun(workload, [OTHER])
+    run.advance(7)
+    run.save(tmp_path / "training.pt")
+    again.advance(2)
+    assert again.restore(tmp_path / "training.pt", most=7)
+    assert again.step == 7
+    assert not again.restore(tmp_path / "training.pt", most=6)
+    assert not other.restore(tmp_path / "training.pt", most=7)
+    for _ in range(3):
+        assert np.array_equal(again.advance(1), run.advance(1))
+        assert again.vectors().tobytes() == run.vectors().tobytes()
+        assert again.integers().tobytes() == run.integers().tobytes()
+
+
+def test_batches_can_be_left_out(workload: Workload):
+    batches = list(islice(workload.batches([SEED]), 70))
+    for start in (1, 20, 69):
+        first = next(workload.batches([SEED], start))
+        assert all(torch.equal(*pair) for pair in zip(first, batches[start], strict=True))
+
+
 def test_two_instances_agree(name: str, workload: Workload):
     assert trajectory(workload, SEED).tobytes() == trajectory(workload_from(name, {}), SEED).tobytes()
 

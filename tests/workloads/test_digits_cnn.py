@@ -56,7 +56,7 @@ def test_it_learns_to_read(workload: DigitsCnn):
     assert run.integers().tolist() == [[300, 300]]
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"])
 def test_every_optimiser_trains_with_its_default_rate(optimizer: str):
     workload = workload_from("digits-cnn", {"optimizer": optimizer})
     run = TrainingRun(workload, [SEED])

@@ -10,13 +10,14 @@ from farcli.errors import UsageError
 from farcli.training import TrainingRun, run_seed, workload_from
 from farcli.workloads.linreg import Linreg, LinregConfig
 
-OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "adagrad")
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad")
 SEEDS = [run_seed(3, run) for run in range(7)]
 
 
 def reference(optimizer: str, x: np.ndarray, y: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
     """The trajectory [steps + 1, 2] of (weight, bias), from the optimisers' own papers, in float64.
 
+    Sutskever et al. 2013 (momentum, as torch scales it),
     Kingma and Ba 2015 (Adam), Loshchilov and Hutter 2019 (AdamW), Hinton's lecture 6 (RMSProp), Duchi et al. 2011.
     """
     theta = start.astype(np.float64)
@@ -28,6 +29,9 @@ def reference(optimizer: str, x: np.ndarray, y: np.ndarray, start: np.ndarray, s
         match optimizer:
             case "sgd":
                 theta = theta - 0.01 * gradient
+            case "momentum":
+                mean = 0.9 * mean + gradient
+                theta = theta - 0.01 * mean
             case "adam" | "adamw":
                 if optimizer == "adamw":
                     theta = theta * (1 - 0.01 * 0.01)
@@ -177,7 +181,7 @@ def test_the_true_line_reaches_the_noise_floor_on_held_out_points():
         ({"lr": "nan"}, "lr=nan"),
         ({"weight_decay": "-0.1"}, "weight_decay=-0.1"),
         ({"init": "fixed", "bias_init": "normal"}, "bias_init=normal"),
-        ({"optimizer": "lion"}, "sgd|adam"),
+        ({"optimizer": "lion"}, "sgd|momentum|adam"),
         ({"lrr": "1"}, "Did you mean 'lr'"),
     ],
 )
