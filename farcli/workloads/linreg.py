@@ -12,7 +12,6 @@ Differs: nothing is known of the paper's batches or initial bias; they are optio
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from math import isfinite, sqrt
 from typing import Literal, final
 
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from farcli.workloads.base import Batch, Workload, evaluating
+from farcli.workloads.lines import HELD_OUT, Lines
 from farcli.workloads.optimisation import (
     RULE_HELP,
     Rule,
@@ -30,10 +30,8 @@ from farcli.workloads.optimisation import (
     rate_help,
     resolved,
 )
-from farcli.workloads.randomness import Purpose, stream
+from farcli.workloads.randomness import stream
 
-_SLOPE, _INTERCEPT, _TASK_STD = 2.0, 1.0, 0.1
-_HELD_OUT = 1000
 _FIXED_WEIGHT = 0.5
 _LR = {"sgd": 0.01, "momentum": 0.01, "adam": 0.01, "adamw": 0.01, "rmsprop": 0.01, "adagrad": 0.1}
 _WEIGHT_DECAY = {"adamw": 0.01, "rmsprop": 0.01}
@@ -100,7 +98,7 @@ class Linreg(Workload):
 
     def __init__(self, config: LinregConfig) -> None:
         self._config = resolved(config, lr=_LR, weight_decay=_WEIGHT_DECAY, span=self.default_steps)
-        self._dtype = dtype_of(config)
+        self._lines = Lines(noise=config.noise, dtype=dtype_of(config))
 
     @property
     def config(self) -> LinregConfig:
@@ -110,7 +108,7 @@ class Linreg(Workload):
     def model(self, seeds: Sequence[int]) -> nn.Module:
         """All runs' weights, stacked."""
         weights, biases = zip(*(self._start(seed) for seed in seeds), strict=True)
-        return StackedLinear(np.array(weights), np.array(biases), self._dtype)
+        return StackedLinear(np.array(weights), np.array(biases), self._lines.dtype)
 
     def _start(self, seed: int) -> tuple[float, float]:
         generator = stream(seed, "init")
@@ -125,25 +123,7 @@ class Linreg(Workload):
 
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Pairs (x, y) of shape [R, batch]; the last batch of an epoch may be smaller."""
-        points, size = self._config.points, self._config.batch
-        x_RN, y_RN = (torch.stack(part) for part in zip(*(self._points(s, "data", points) for s in seeds), strict=True))
-        while size >= points:
-            yield x_RN, y_RN
-        orders = [stream(seed, "order") for seed in seeds]
-        epoch, first = divmod(start, -(-points // size))
-        for number in count():
-            order_RN = torch.from_numpy(np.stack([generator.permutation(points) for generator in orders]))
-            if number >= epoch:
-                for chosen in order_RN.split(size, dim=1)[first if number == epoch else 0 :]:
-                    yield x_RN.gather(1, chosen), y_RN.gather(1, chosen)
-
-    def _points(self, seed: int, purpose: Purpose, number: int) -> tuple[Tensor, Tensor]:
-        task = stream(seed, "data")
-        a, b = task.normal((_SLOPE, _INTERCEPT), _TASK_STD)
-        generator = task if purpose == "data" else stream(seed, purpose)
-        x = generator.uniform(-1, 1, number)
-        y = a * x + b + self._config.noise * generator.normal(size=number)
-        return torch.tensor(x, dtype=self._dtype), torch.tensor(y, dtype=self._dtype)
+        return self._lines.batches(seeds, self._config.points, self._config.batch, start)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error of each run."""
@@ -152,14 +132,14 @@ class Linreg(Workload):
 
     def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
         """Mean squared error on 1,000 fresh points of the same task; the noise variance is the least to be had."""
-        x, y = self._points(seed, "held-out", _HELD_OUT)
+        x, y = self._lines.points(seed, "held-out", HELD_OUT)
         with evaluating(model):
             return {"loss": float(self.loss(model, (x[None], y[None])).squeeze(0))}
 
     def chance(self) -> dict[str, float]:
-        """Mean over tasks of the best constant's error: E[a²]·var(x) + noise variance."""
-        return {"loss": (_SLOPE**2 + _TASK_STD**2) / 3 + self._config.noise**2}
+        """Mean over tasks of the best constant's error."""
+        return {"loss": self._lines.chance()}
 
     def evaluation_cost(self) -> float:
         """A forward pass over the held-out points."""
-        return _HELD_OUT / min(self._config.batch, self._config.points) / 3
+        return HELD_OUT / min(self._config.batch, self._config.points) / 3

@@ -3,4 +3,5 @@
 WORKLOADS = {
     "digits-cnn": "farcli.workloads.digits_cnn:DigitsCnn",
     "linreg": "farcli.workloads.linreg:Linreg",
+    "mlp": "farcli.workloads.mlp:Mlp",
 }
