@@ -3,8 +3,9 @@
 Shape suffixes: B runs of a block, C snapshots of the context, H horizons, D coordinates of the block.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +16,12 @@ from farcli.config import format_size
 from farcli.errors import NonFiniteError, ResourceError, StoreError, UsageError
 from farcli.forecasters.base import Coupling, Prefix
 from farcli.store import Trajectory
+from farcli.store import threads as store_threads
 
-_BUFFERS = 2
-"""Blocks in memory at once: the one in use and the one being read."""
 _LARGEST_BLOCK = 16 << 20
 """Bytes beyond which a larger block no longer reads faster but delays the first result."""
+_MOST_READERS = 4
+"""Blocks read at once; each costs a block of memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,13 +51,22 @@ class Block:
     stop: int
 
 
+_Request = tuple[int, tuple[int, ...], int, int, int]
+"""A block to read: index of the source, labels of its runs, runs before them, first coordinate, last plus one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How a source is cut: `runs` runs and `width` coordinates a block, `bytes` of host memory in all."""
+    """How a source is cut: `runs` runs and `width` coordinates a block, `bytes` of host memory in all.
+
+    `readers` blocks are read at once while another is used. One reader shares its block among the store's threads;
+    several have a block each, which spares them from waiting for one another at the end of every block.
+    """
 
     runs: int
     width: int
     bytes: int
+    readers: int
 
 
 def resolve_device(name: str) -> torch.device:
@@ -152,10 +163,13 @@ class Stream:
     def _plan(self, source: Source) -> Plan:
         trajectory, item = source.trajectory, source.trajectory.dtype.itemsize
         rows = len(self.steps_C) + len(self.steps_H)
-        row_bytes = (rows * _BUFFERS + self._extra_rows) * item
         chunk = max(1, min(trajectory.column_chunk, self.coordinates))
         unit = self.coordinates if self.coupling is Coupling.JOINT else chunk
-        if row_bytes * unit > self._memory:
+
+        def row_bytes(readers: int) -> int:
+            return (rows * (1 + readers) + self._extra_rows) * item
+
+        if row_bytes(1) * unit > self._memory:
             advice = (
                 "The method needs whole vectors; give more memory or choose a coordinate-wise method."
                 if self.coupling is Coupling.JOINT
@@ -165,17 +179,25 @@ class Stream:
             raise ResourceError(
                 f"--memory {format_size(self._given)}: too small for one block of {trajectory.path} "
                 f"({rows} snapshots of {unit} coordinates, read ahead): "
-                f"at least {format_size(row_bytes * unit * factor * 1.01)} is needed.",
+                f"at least {format_size(row_bytes(1) * unit * factor * 1.01)} is needed.",
                 hint=advice,
             )
-        budget = min(self._memory, _LARGEST_BLOCK * _BUFFERS)
-        runs = max(1, min(len(source.runs), budget // (row_bytes * unit)))
-        width = unit
-        if self.coupling is Coupling.COORDINATEWISE:
-            width = min(self.coordinates, max(1, budget // (row_bytes * runs * chunk)) * chunk)
-        return Plan(runs=runs, width=width, bytes=row_bytes * runs * width)
 
-    def _requests(self) -> Iterator[tuple[int, tuple[int, ...], int, int, int]]:
+        def plan(readers: int) -> Plan:
+            budget = min(self._memory, _LARGEST_BLOCK * (1 + readers))
+            runs = max(1, min(len(source.runs), budget // (row_bytes(readers) * unit)))
+            width = unit
+            if self.coupling is Coupling.COORDINATEWISE:
+                width = min(self.coordinates, max(1, budget // (row_bytes(readers) * runs * chunk)) * chunk)
+            return Plan(runs=runs, width=width, bytes=row_bytes(readers) * runs * width, readers=readers)
+
+        several = plan(min(store_threads.count(), _MOST_READERS))
+        blocks = -(-len(source.runs) // several.runs) * -(-self.coordinates // several.width)
+        if several.bytes > self._memory or blocks < 2 * several.readers:
+            return plan(1)
+        return several
+
+    def _requests(self) -> Iterator[_Request]:
         before = 0
         for index, (source, plan) in enumerate(zip(self.sources, self.plans, strict=True)):
             for first in range(0, len(source.runs), plan.runs):
@@ -185,10 +207,11 @@ class Stream:
             before += len(source.runs)
 
     def __iter__(self) -> Iterator[Block]:
-        buffers: list[np.ndarray | None] = [None] * _BUFFERS
+        readers = min(plan.readers for plan in self.plans)
+        buffers: list[np.ndarray | None] = [None] * (1 + readers)
         steps = [*self.steps_C, *self.steps_H]
 
-        def read(slot: int, request: tuple[int, tuple[int, ...], int, int, int]) -> np.ndarray:
+        def read(slot: int, request: _Request) -> np.ndarray:
             index, runs, _, start, stop = request
             trajectory = self.sources[index].trajectory
             shape = (len(runs), len(steps), stop - start)
@@ -199,22 +222,23 @@ class Stream:
             out = buffer[:count].reshape(shape)
             return trajectory.read(runs, steps, start, stop, out=out)
 
-        with ThreadPoolExecutor(1, thread_name_prefix="farcli-read") as reader:
-            requests = self._requests()
-            request = next(requests, None)
-            ahead = reader.submit(read, 0, request) if request is not None else None
-            slot = 0
-            while request is not None and ahead is not None:
-                values = ahead.result()
-                following = next(requests, None)
-                slot = (slot + 1) % _BUFFERS
-                if following is not None:
-                    # This slot held the block before the current one, which the caller has let go of.
-                    ahead = reader.submit(read, slot, following)
-                yield self._block(request, values)
-                request = following
+        with store_threads.readers(readers) as pool:
+            ahead: deque[tuple[_Request, Future[np.ndarray]]] = deque()
+            try:
+                for number, following in enumerate(self._requests()):
+                    # Its slot held the block last given, which the caller has let go of by asking for another.
+                    ahead.append((following, pool.submit(read, number % len(buffers), following)))
+                    if len(ahead) > readers:
+                        request, future = ahead.popleft()
+                        yield self._block(request, future.result())
+                while ahead:
+                    request, future = ahead.popleft()
+                    yield self._block(request, future.result())
+            finally:
+                for _, future in ahead:
+                    future.cancel()
 
-    def _block(self, request: tuple[int, tuple[int, ...], int, int, int], values: np.ndarray) -> Block:
+    def _block(self, request: _Request, values: np.ndarray) -> Block:
         index, runs, position, start, stop = request
         weights = torch.from_numpy(values)
         if self.dtype is not None or self.device.type != "cpu":

@@ -8,6 +8,8 @@ returned has passed its checksum, and what is missing is an error, never a fill 
 """
 
 import os
+import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -32,6 +34,8 @@ _BATCH_BYTES = 1 << 20
 _KEEP_GIL = 0
 """Checksums of what lies in the cache take 10 µs a chunk: less than to hand the interpreter over and get it back."""
 _MOST_INDICES = 64
+_MOST_OPEN = 256
+"""Files kept open by all arrays together: a quarter of what Linux allows a process by default."""
 _MOST_CHUNKS = 256
 """Chunks fetched by one call; the system refuses more than IOV_MAX = 1024 buffers."""
 _PIECE_BYTES = 2 << 20
@@ -66,6 +70,7 @@ class NativeArray:
         self._batch = max(1, min(_MOST_CHUNKS, _BATCH_BYTES // metadata.chunk_bytes))
         # Shards whose index is known to say "one chunk behind the other"; they are never changed once committed.
         self._in_order: set[str] = set()
+        self._kept = _KeptFiles()
         self._indices: dict[str, np.ndarray] = {}
         """Indices of packed shards."""
 
@@ -121,12 +126,17 @@ class NativeArray:
     def _open(self, file: tuple[int, ...], cell: tuple[int, int]) -> Iterator[tuple[int, int, str]]:
         """Open the file of an outer chunk: descriptor, size and name."""
         key = self.metadata.key(*file)
+        kept = self._kept.get(key)
+        if kept is not None:
+            yield *kept, key
+            return
         try:
             fd = os.open(f"{self._folder}/{key}", os.O_RDONLY)
         except FileNotFoundError:
             raise self._damaged(cell, key, "is missing") from None
         except OSError as error:
             raise self._damaged(cell, key, f"cannot be read ({error.strerror})") from error
+        keep = False
         try:
             size = os.fstat(fd).st_size
             least = _CRC + 1 if self.metadata.decode else self.metadata.chunk_bytes + _CRC
@@ -136,8 +146,10 @@ class NativeArray:
                 found = "is empty" if size == 0 else f"has {size} bytes"
                 raise self._damaged(cell, key, f"{found}, expected {least}" + " or more" * (not exact))
             yield fd, size, key
+            keep = key in self._in_order and self._kept.put(key, fd, size)
         finally:
-            os.close(fd)
+            if not keep:
+                os.close(fd)
 
     @property
     def _index_bytes(self) -> int:
@@ -292,6 +304,40 @@ class NativeArray:
             decode(body, out)
         except (ValueError, RuntimeError, TypeError) as error:
             raise self._damaged(cell, key, f"cannot be decoded ({error})") from error
+
+
+class _KeptFiles:
+    """Shards left open, because to open one costs as much as reading 100 kB of it; closed with the array.
+
+    None is closed before, since another thread may be reading from it; beyond what the process may have open,
+    files are simply not kept.
+    """
+
+    _room = threading.BoundedSemaphore(_MOST_OPEN)
+    """Of all arrays of the process."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, tuple[int, int]] = {}
+        weakref.finalize(self, self._close, self._files)
+
+    def get(self, key: str) -> tuple[int, int] | None:
+        """Descriptor and size of a file that is open."""
+        return self._files.get(key)
+
+    def put(self, key: str, fd: int, size: int) -> bool:
+        """Keep a file open; false where there is no room, or another thread was first."""
+        if key in self._files or not self._room.acquire(blocking=False):
+            return False
+        if self._files.setdefault(key, (fd, size))[0] != fd:
+            self._room.release()
+            return False
+        return True
+
+    @classmethod
+    def _close(cls, files: dict[str, tuple[int, int]]) -> None:
+        for fd, _ in files.values():
+            os.close(fd)
+            cls._room.release()
 
 
 def _assign(

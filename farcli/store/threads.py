@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TypeVar
 
@@ -24,6 +25,13 @@ def count() -> int:
     """How many threads there are."""
     affinity = getattr(os, "sched_getaffinity", None)
     return max(1, min(_MOST_THREADS, len(affinity(0)) if affinity else os.cpu_count() or 1))
+
+
+@contextmanager
+def readers(number: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that each read for themselves; a single one has its reads shared among the threads of all stores."""
+    with ThreadPoolExecutor(number, "farcli-read", initializer=_mark if number > 1 else None) as pool:
+        yield pool
 
 
 def _threads() -> ThreadPoolExecutor:
