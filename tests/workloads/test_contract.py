@@ -19,6 +19,7 @@ from farcli.training import Network, TrainingRun, describe_workload, reestimate,
 from farcli.training import workload_of as rebuilt
 from farcli.workloads.base import Workload
 from farcli.workloads.table import WORKLOADS
+from tests.workloads.small import small_options
 
 SEED, OTHER = run_seed(0, 0), run_seed(0, 1)
 
@@ -29,8 +30,13 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def workload(name: str) -> Workload:
-    return workload_from(name, {})
+def options(name: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return small_options(name, tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture(scope="module")
+def workload(name: str, options: dict[str, str]) -> Workload:
+    return workload_from(name, options)
 
 
 def trajectory(workload: Workload, seed: int, steps: int = 12) -> np.ndarray:
@@ -72,8 +78,8 @@ def test_batches_can_be_left_out(workload: Workload):
         assert all(torch.equal(*pair) for pair in zip(first, batches[start], strict=True))
 
 
-def test_two_instances_agree(name: str, workload: Workload):
-    assert trajectory(workload, SEED).tobytes() == trajectory(workload_from(name, {}), SEED).tobytes()
+def test_two_instances_agree(name: str, workload: Workload, options: dict[str, str]):
+    assert trajectory(workload, SEED).tobytes() == trajectory(workload_from(name, options), SEED).tobytes()
 
 
 def test_the_number_of_cores_does_not_matter_where_threads_are_fixed(workload: Workload):
@@ -87,12 +93,12 @@ def test_the_number_of_cores_does_not_matter_where_threads_are_fixed(workload: W
     assert one.tobytes() == two.tobytes()
 
 
-def test_global_random_state_is_neither_changed_nor_read(name: str, workload: Workload):
+def test_global_random_state_is_neither_changed_nor_read(name: str, workload: Workload, options: dict[str, str]):
     torch.manual_seed(1)
     np.random.seed(1)
     random.seed(1)
     before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
-    fresh = workload_from(name, {})
+    fresh = workload_from(name, options)
     first = trajectory(fresh, SEED)
     fresh.evaluate(fresh.model([SEED]), SEED)
     reestimate(fresh, fresh.model([SEED]), SEED)
@@ -150,9 +156,9 @@ def test_the_layout_covers_the_state_dict(workload: Workload):
 
 
 def test_every_option_says_what_it_is(workload: Workload):
-    options = options_of(workload.Config)
-    assert options
-    assert all(len(option.help) > 5 for option in options)
+    listed = options_of(workload.Config)
+    assert listed
+    assert all(len(option.help) > 5 for option in listed)
     assert workload.summary
     assert isinstance(workload.config, workload.Config)
 
