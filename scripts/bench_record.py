@@ -1,135 +1,306 @@
-"""What recording costs a training: `python scripts/bench_record.py` prints a row for each interval, as NDJSON.
+"""What recording costs a training, against the same training without it, in the same interleaved run.
 
-The same training, in one process, in alternating blocks with and without recording, so that a loaded machine hits
-both alike. `slowdown` compares the medians over blocks; a `stall` is the time the recorder holds up one step,
-against `copy`, a plain in-memory copy of the weights measured between the blocks.
+    python scripts/bench_record.py                  # distilbert, 22.7 M parameters, batch 8, every 5 steps
+    python scripts/bench_record.py --full           # more pairs, and other intervals
+    python scripts/bench_record.py --device cuda    # GPT-2 124M in bfloat16 autocast, every 50, 20, 10, 5, 2, 1
+    python scripts/bench_record.py --workload gpt2 --set data=FILE --every 10
+
+Blocks of training come in pairs, one recorded and one not, on the same batches, in alternating order, so that a loaded
+machine and long sentences hit both alike. A recorded block begins with a snapshot and ends when everything is written.
+
+- `slowdown_percent`: median over the pairs of recorded time / plain time − 1, with the distribution-free interval of
+  that median (order statistics, at least 95 % where there are 6 pairs or more).
+- `longest_stall_copies`: the most that the recorder's hooks held up one step (on CUDA: the longest recorded step less
+  the median plain one), over the median time of a plain copy of the weights, into memory used before (on CUDA: pinned).
+  `longest_copy_copies` is the longest of as many plain copies: what the machine alone makes of the same copy.
+- `extra_bytes`: peak memory of the process with recording less without; on CUDA `extra_device_bytes` beside it.
+- `snapshot_disk_bytes`: of the store, by snapshot.
+
+Rows go to `scripts/results/record.ndjson`, a table to `record.md`. Where data are missing it says which.
 """
 
 import argparse
+import itertools
 import json
+import os
 import platform
 import resource
-import shutil
+import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from math import comb
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
-from torch import nn
 
+from farcli.config import parse_assignments
+from farcli.errors import FarcliError
 from farcli.recording.recorder import Recorder
+from farcli.store import Trajectory
+from farcli.training import run_seed, workload_from
+from farcli.workloads.base import Batch
 
-
-def bert(width: int, depth: int, vocabulary: int) -> nn.Module:
-    """A network of DistilBERT's shape: 22.6 M parameters at width 384, depth 6."""
-    layer = nn.TransformerEncoderLayer(width, width // 32, 4 * width, dropout=0.1, batch_first=True)
-    body = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
-    return nn.Sequential(nn.Embedding(vocabulary, width), body, nn.Linear(width, 2))
+ROOT = Path(__file__).parents[1]
+WARM_UP = 3
+GPT2_124M = ("layers=12", "heads=12", "width=768", "context=1024", "tokens=bpe", "batch=8")
 
 
 class Timed(Recorder):
-    """The recorder with a clock on its hooks."""
+    """The recorder with a clock on its hooks, and a switch.
 
-    def __init__(self, *words: object, **options: object) -> None:
-        super().__init__(*words, **options)  # pyright: ignore[reportArgumentType]
+    Attributes:
+        on: whether steps are counted and recorded.
+        stalls: seconds that each recorded step was held up.
+    """
+
+    on = True
+
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
         self.stalls: list[float] = []
-        self.seconds = 0.0
+        self._seconds = 0.0
 
     def _before(self, optimizer: object) -> None:
-        began = time.perf_counter()
-        super()._before(optimizer)
-        self.seconds = time.perf_counter() - began
+        if self.on:
+            began = time.perf_counter()
+            super()._before(optimizer)
+            self._seconds = time.perf_counter() - began
 
     def _after(self, optimizer: object) -> None:
+        if self.on:
+            began = time.perf_counter()
+            super()._after(optimizer)
+            self.stalls.append(self._seconds + time.perf_counter() - began)
+
+    def flush(self) -> None:
+        """Wait until every snapshot taken is written."""
+        assert self._recording is not None
+        assert self._recording._sink is not None
+        self._recording._sink.flush()
+
+
+class Training:
+    """A workload in training, on a device of choice, step by step."""
+
+    def __init__(self, name: str, options: dict[str, str], device: torch.device) -> None:
+        self.workload = workload_from(name, options)
+        seed = run_seed(0, 0)
+        self.device = device
+        self.model = self.workload.model([seed]).to(device)
+        self.optimizer = self.workload.optimizer(self.model)
+        self._batches = self.workload.batches([seed])
+
+    def draw(self, count: int) -> list[Batch]:
+        """The next batches, on the device."""
+        return [tuple(part.to(self.device) for part in next(self._batches)) for _ in range(count)]
+
+    def block(self, batches: Sequence[Batch]) -> list[float]:
+        """Train on some batches; seconds of each step."""
+        cuda = self.device.type == "cuda"
+        marks: list[Any] = [self._mark()]
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
+                loss = self.workload.loss(self.model, batch)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            marks.append(self._mark())
+        if cuda:  # the training's own stream: waiting for the device would wait for the recorder's too
+            torch.cuda.current_stream().synchronize()
+            return [a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(marks)]
+        return [b - a for a, b in itertools.pairwise(marks)]
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class Copies:
+    """A plain copy of the weights into memory that is used again; pinned where they are on CUDA."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.cuda = next(model.parameters()).device.type == "cuda"
+        self.tensors = [parameter.detach() for parameter in model.parameters()]
+        self.copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=self.cuda) for t in self.tensors]
+        self.take()
+
+    def take(self) -> float:
+        """Seconds of one."""
         began = time.perf_counter()
-        super()._after(optimizer)
-        self.stalls.append(self.seconds + time.perf_counter() - began)
+        for tensor, copy in zip(self.tensors, self.copies, strict=True):
+            copy.copy_(tensor)
+        return time.perf_counter() - began
+
+
+def peak() -> int:
+    """Most memory this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median and the narrowest interval of order statistics that holds the true one with 95 %, or all of them."""
+    ordered, count = sorted(values), len(values)
+    low = 0
+    while 2 * sum(comb(count, k) for k in range(low + 2)) / 2**count <= 0.05 and low + 1 < count // 2:
+        low += 1
+    return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
+
+
+def measure(training: Training, every: int, pairs: int, steps: int, folder: Path) -> dict[str, Any]:
+    """One row."""
+    cuda = training.device.type == "cuda"
+    store = folder / f"every-{every}.zarr"
+    training.block(training.draw(WARM_UP))
+    before, device_before = peak(), torch.cuda.max_memory_allocated() if cuda else 0
+    # the first step of a block is due, so that the last of its snapshots can be written within it
+    recorder = Timed(training.model, training.optimizer, store, every=every, start_step=every - 1)
+    ratios, plain_steps, recorded_steps, copies = [], [], [], []
+    with recorder:
+        training.block(training.draw(every + 1))
+        recorder.flush()
+        extra = peak() - before
+        extra_device = torch.cuda.max_memory_allocated() - device_before if cuda else None
+        first = list(recorder.stalls)  # into memory never touched before: counted, it happens to every training
+        recorder.stalls.clear()
+        training.block(training.draw(every - 1))
+        recorder.flush()
+        yardstick = Copies(training.model)
+        for number in range(pairs):
+            batches = training.draw(steps)
+            seconds = {}
+            for recorded in (False, True) if number % 2 else (True, False):
+                recorder.on = recorded
+                found = training.block(batches)
+                began = time.perf_counter()
+                if recorded:
+                    recorder.flush()
+                seconds[recorded] = sum(found) + (time.perf_counter() - began)
+                (recorded_steps if recorded else plain_steps).extend(found)
+            ratios.append(seconds[True] / seconds[False])
+            copies += [yardstick.take() for _ in range(steps // every)]
+        recorder.on = True
+    stalls = first + recorder.stalls
+    copy = statistics.median(copies)
+    if cuda:
+        stalls = [max(step - statistics.median(plain_steps), 0.0) for step in recorded_steps]
+    taken = len(Trajectory.open(store).steps)
+    size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
+    slowdown, low, high = (100 * (value - 1) for value in interval(ratios))
+    return {
+        "every": every,
+        "pairs": pairs,
+        "steps": steps,
+        "step_seconds": statistics.median(plain_steps),
+        "slowdown_percent": slowdown,
+        "slowdown_low": low,
+        "slowdown_high": high,
+        "copy_seconds": copy,
+        "longest_copy_copies": max(copies) / copy,
+        "longest_stall_seconds": max(stalls),
+        "longest_stall_copies": max(stalls) / copy,
+        "first_stall_copies": max(first) / copy,
+        "extra_bytes": extra,
+        "extra_device_bytes": extra_device,
+        "snapshot_disk_bytes": size / taken,
+    }
+
+
+def bar(row: dict[str, Any]) -> dict[str, bool | None]:
+    """Whether the bars hold, where there are any: on the CPU for 22.7 M parameters, batch 8, every 5 steps."""
+    on_cpu = row["device"] == "cpu" and row["workload"] == "distilbert" and row["batch"] == 8 and row["every"] == 5
+    if on_cpu and row["parameters"] > 22e6:
+        return {"slowdown": row["slowdown_percent"] <= 5, "stall": row["longest_stall_copies"] <= 1.5}
+    if row["device"] != "cpu" and row["parameters"] > 124e6 and row["every"] == 50:
+        return {"slowdown": row["slowdown_percent"] <= 2, "stall": None}
+    return {"slowdown": None, "stall": None}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table, and the smallest interval under 5 %."""
+    first = rows[0]
+    lines = [
+        f"{first['workload']} ({', '.join(first['options'])}), {first['parameters']:,} parameters in {first['dtype']}, "
+        f"on {first['device']}, {first['threads']} threads, load {first['load']:.1f}; torch {first['torch']}; "
+        f"{first['date']}. Slowdown: median of {first['pairs']} pairs of {first['steps']} steps and its interval.",
+        "",
+        "| every | step s | slowdown % | longest stall, copies | longest copy | copy s | extra MB | MB a snapshot |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    marks = {None: "", True: " (reached)", False: " (**not reached**)"}
+    for row in rows:
+        reached = row["reached"]
+        lines.append(
+            f"| {row['every']} | {row['step_seconds']:.3f} "
+            f"| {row['slowdown_percent']:.1f} [{row['slowdown_low']:.1f}, {row['slowdown_high']:.1f}]"
+            f"{marks[reached['slowdown']]} | {row['longest_stall_copies']:.2f}{marks[reached['stall']]} "
+            f"| {row['longest_copy_copies']:.2f} | {row['copy_seconds']:.4f} | {row['extra_bytes'] / 1e6:.0f} "
+            f"| {row['snapshot_disk_bytes'] / 1e6:.1f} |"
+        )
+    under = [row["every"] for row in rows if row["slowdown_percent"] < 5]
+    lines += ["", f"Smallest interval measured with a slowdown under 5 %: {min(under) if under else 'none'}."]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--every", type=int, nargs="+", default=[5])
-    parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=10, help="of a block")
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--vocabulary", type=int, default=30522)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", help="distilbert; gpt2 with 124M parameters on CUDA")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="option of the workload")
+    parser.add_argument("--every", type=int, nargs="+", help="steps between snapshots, one row each")
+    parser.add_argument("--pairs", type=int, help="of blocks")
+    parser.add_argument("--steps", type=int, help="of a block, about; a multiple of the interval")
+    parser.add_argument("--full", action="store_true", help="more pairs and more intervals")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--folder", type=Path, default=None)
-    args = parser.parse_args()
+    parser.add_argument("--folder", type=Path, help="where the stores go, for as long as it takes")
+    parser.add_argument("--name", default="record", help="name of the files in scripts/results")
+    given = parser.parse_args()
+    cuda = given.device.startswith("cuda")
+    name = given.workload or ("gpt2" if cuda else "distilbert")
+    common = () if given.workload else GPT2_124M if cuda else ("batch=8",)
+    options = parse_assignments([*common, *given.set])
+    intervals = given.every or ([50, 20, 10, 5, 2, 1] if cuda else [5, 20, 10, 2, 1] if given.full else [5])
+    rows = []
+    try:
+        training = Training(name, options, torch.device(given.device))
+        with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+            for every in intervals:
+                steps = every * max(1, round((given.steps or (100 if cuda else 10)) / every))
+                pairs = given.pairs or (30 if given.full else 12)
+                row = measure(training, every, pairs, steps, Path(folder))
+                rows.append(about(training, name, options) | row)
+                rows[-1]["reached"] = bar(rows[-1])
+                print(json.dumps(rows[-1]), flush=True)
+    except FarcliError as error:
+        sys.exit(f"bench_record: error: {error}" + (f"\n  {error.hint}" if error.hint else ""))
+    results = ROOT / "scripts/results"
+    (results / f"{given.name}.ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (results / f"{given.name}.md").write_text(markdown(rows), encoding="utf-8")
+    print(markdown(rows), file=sys.stderr)
 
-    device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    torch.manual_seed(0)
-    model = bert(args.width, args.depth, args.vocabulary).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
-    tokens = torch.randint(0, args.vocabulary, (args.batch, args.length), device=device)
-    labels = torch.randint(0, 2, (args.batch,), device=device)
 
-    def block() -> list[float]:
-        """Seconds of each step of a block."""
-        seconds = []
-        for _ in range(args.steps):
-            began = time.perf_counter()
-            loss = nn.functional.cross_entropy(model(tokens).mean(1), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-        return seconds
-
-    def copy() -> float:
-        began = time.perf_counter()
-        copies = [parameter.detach().clone() for parameter in model.parameters()]
-        if cuda:
-            torch.cuda.synchronize()
-        del copies
-        return time.perf_counter() - began
-
-    block()
-    for every in args.every:
-        folder = Path(tempfile.mkdtemp(dir=args.folder))
-        plain, recorded, stalls, copies, size = [], [], [], [], 0
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for number in range(args.blocks):
-            plain += block()
-            copies.append(copy())
-            recorder = Timed(model, optimizer, folder / f"{number}.zarr", every=every, start_step=0)
-            with recorder:
-                recorded += block()
-            stalls += recorder.stalls
-            size += sum(path.stat().st_size for path in (folder / f"{number}.zarr").rglob("*") if path.is_file())
-            shutil.rmtree(folder / f"{number}.zarr")
-        shutil.rmtree(folder)
-        extra = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
-        print(
-            json.dumps(
-                {
-                    "schema": 1,
-                    "parameters": sum(parameter.numel() for parameter in model.parameters()),
-                    "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-                    "threads": torch.get_num_threads(),
-                    "torch": torch.__version__,
-                    "batch": args.batch,
-                    "every": every,
-                    "steps": len(recorded),
-                    "step_seconds": round(median(plain), 5),
-                    "slowdown_percent": round(100 * (sum(recorded) / sum(plain) - 1), 2),
-                    "slowdown_median_percent": round(100 * (median(recorded) / median(plain) - 1), 2),
-                    "copy_seconds": round(median(copies), 5),
-                    "longest_stall_seconds": round(max(stalls), 5),
-                    "longest_stall_copies": round(max(stalls) / median(copies), 2),
-                    "extra_bytes": extra,
-                    "disk_bytes": size,
-                }
-            ),
-            flush=True,
-        )
+def about(training: Training, name: str, options: dict[str, str]) -> dict[str, Any]:
+    """What was trained on what."""
+    cuda = training.device.type == "cuda"
+    return {
+        "schema": 2,
+        "workload": name,
+        "options": [f"{key}={value}" for key, value in options.items()],
+        "batch": getattr(training.workload.config, "batch", None),
+        "dtype": training.workload.config.dtype,
+        "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 if __name__ == "__main__":
