@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
-.PHONY: help install data demo gfm-table1 bench-store test test-slow format lint types imports check constraints clean
+.PHONY: help install data demo gfm-table1 bench-store bench-record test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -81,12 +81,16 @@ gfm-table1: $(VENV)/demo  ## Reproduce Table 1 of Gradient Flow Matching beside 
 bench-store: $(VENV)/dev  ## Time the store against its yardsticks, into scripts/results
 	$(BIN)/python scripts/bench_store.py $(FULL)
 
+# `make bench-record FULL=--full` takes more pairs and more intervals; with `FULL='--device cuda'` GPT-2 on a GPU.
+bench-record: $(VENV)/dev data/.fetched  ## Time a training with and without recording, into scripts/results
+	$(BIN)/python scripts/bench_record.py $(FULL)
+
 # ----------------------------------------------------------------------- tests
 
 test: $(VENV)/dev  ## Run the tests, in a few minutes
 	$(BIN)/python -m pytest -q -n $(THREADS) -m 'not slow'
 
-test-slow: $(VENV)/frameworks  ## Run the tests that take longer
+test-slow: $(VENV)/frameworks data/.fetched  ## Run the tests that take longer
 	$(BIN)/python -m pytest -q -m slow
 
 format: $(VENV)/dev  ## Format the code

@@ -13,7 +13,8 @@ machine and long sentences hit both alike. A recorded block begins with a snapsh
 - `longest_stall_copies`: the most that the recorder's hooks held up one step (on CUDA: the longest recorded step less
   the median plain one), over the median time of a plain copy of the weights, into memory used before (on CUDA: pinned).
   `longest_copy_copies` is the longest of as many plain copies: what the machine alone makes of the same copy.
-- `extra_bytes`: peak memory of the process with recording less without; on CUDA `extra_device_bytes` beside it.
+- `extra_bytes`: peak memory of the process with recording less without, on the same batches, taken for the first
+  interval; on CUDA `extra_device_bytes` beside it.
 - `snapshot_disk_bytes`: of the store, by snapshot.
 
 Rows go to `scripts/results/record.ndjson`, a table to `record.md`. Where data are missing it says which.
@@ -40,11 +41,10 @@ from farcli.config import parse_assignments
 from farcli.errors import FarcliError
 from farcli.recording.recorder import Recorder
 from farcli.store import Trajectory
-from farcli.training import run_seed, workload_from
+from farcli.training import run_seed, threads, workload_from
 from farcli.workloads.base import Batch
 
 ROOT = Path(__file__).parents[1]
-WARM_UP = 3
 GPT2_124M = ("layers=12", "heads=12", "width=768", "context=1024", "tokens=bpe", "batch=8")
 
 
@@ -156,17 +156,18 @@ def measure(training: Training, every: int, pairs: int, steps: int, folder: Path
     """One row."""
     cuda = training.device.type == "cuda"
     store = folder / f"every-{every}.zarr"
-    training.block(training.draw(WARM_UP))
+    batches = training.draw(every + 1)
+    training.block(batches)
     before, device_before = peak(), torch.cuda.max_memory_allocated() if cuda else 0
     # the first step of a block is due, so that the last of its snapshots can be written within it
     recorder = Timed(training.model, training.optimizer, store, every=every, start_step=every - 1)
     ratios, plain_steps, recorded_steps, copies = [], [], [], []
     with recorder:
-        training.block(training.draw(every + 1))
+        training.block(batches)
         recorder.flush()
         extra = peak() - before
         extra_device = torch.cuda.max_memory_allocated() - device_before if cuda else None
-        first = list(recorder.stalls)  # into memory never touched before: counted, it happens to every training
+        first = list(recorder.stalls)  # one is into memory never touched before: counted, every training has it
         recorder.stalls.clear()
         training.block(training.draw(every - 1))
         recorder.flush()
@@ -235,11 +236,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     marks = {None: "", True: " (reached)", False: " (**not reached**)"}
     for row in rows:
         reached = row["reached"]
+        extra = "" if row["extra_bytes"] is None else f"{row['extra_bytes'] / 1e6:.0f}"
         lines.append(
             f"| {row['every']} | {row['step_seconds']:.3f} "
             f"| {row['slowdown_percent']:.1f} [{row['slowdown_low']:.1f}, {row['slowdown_high']:.1f}]"
             f"{marks[reached['slowdown']]} | {row['longest_stall_copies']:.2f}{marks[reached['stall']]} "
-            f"| {row['longest_copy_copies']:.2f} | {row['copy_seconds']:.4f} | {row['extra_bytes'] / 1e6:.0f} "
+            f"| {row['longest_copy_copies']:.2f} | {row['copy_seconds']:.4f} | {extra} "
             f"| {row['snapshot_disk_bytes'] / 1e6:.1f} |"
         )
     under = [row["every"] for row in rows if row["slowdown_percent"] < 5]
@@ -271,7 +273,10 @@ def main() -> None:
             for every in intervals:
                 steps = every * max(1, round((given.steps or (100 if cuda else 10)) / every))
                 pairs = given.pairs or (30 if given.full else 12)
-                row = measure(training, every, pairs, steps, Path(folder))
+                with threads(training.workload.threads):
+                    row = measure(training, every, pairs, steps, Path(folder))
+                if rows:  # a process has one peak
+                    row["extra_bytes"] = row["extra_device_bytes"] = None
                 rows.append(about(training, name, options) | row)
                 rows[-1]["reached"] = bar(rows[-1])
                 print(json.dumps(rows[-1]), flush=True)
