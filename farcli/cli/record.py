@@ -192,10 +192,10 @@ def record(
         emit_made(row, form=format, quiet=quiet)
         return
 
-    from farcli.verbs.record import record as run
-
     assert workload
-    with progress(f"record {workload}", quiet) as report, stop_flag() as stop:
+    with stop_flag() as stop, progress(f"record {workload}", quiet) as report:
+        from farcli.verbs.record import record as run  # within: a signal while torch loads is kept for later
+
         row = run(
             workload,
             path,

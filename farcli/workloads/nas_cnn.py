@@ -24,7 +24,7 @@ from farcli.workloads.images import ImageOptions, ImageWorkload
 from farcli.workloads.optimisation import RULE_HELP, Rule, decay_help, dtype_of, rate_help
 from farcli.workloads.randomness import seeded, stream
 
-_LR = {"sgd": 0.1, "momentum": 0.02, "adam": 0.005, "adamw": 0.005, "rmsprop": 0.002, "adagrad": 0.03}
+_LR = {"sgd": 0.05, "momentum": 0.01, "adam": 0.003, "adamw": 0.003, "rmsprop": 0.001, "adagrad": 0.03}
 _WEIGHT_DECAY = {"adamw": 0.01}
 
 FREE = ("none", "skip_connect", "avg_pool_3x3")

@@ -23,7 +23,7 @@ from farcli.workloads.images import ImageOptions, ImageWorkload
 from farcli.workloads.optimisation import RULE_HELP, Rule, decay_help, dtype_of, rate_help
 from farcli.workloads.randomness import seeded
 
-_LR = {"sgd": 0.1, "momentum": 0.01, "adam": 0.001, "adamw": 0.001, "rmsprop": 0.0005, "adagrad": 0.01}
+_LR = {"sgd": 0.2, "momentum": 0.03, "adam": 0.001, "adamw": 0.001, "rmsprop": 0.001, "adagrad": 0.01}
 _WEIGHT_DECAY = {"adamw": 0.01}
 _RATIO = 2
 
