@@ -63,7 +63,9 @@ def record(
     trainable_only: Annotated[
         bool, typer.Option("--trainable-only", help="Store neither buffers nor frozen parameters.")
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="keep (exact), or float32 (rounds float64).")] = "keep",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="keep (exact), float32 (rounds float64) or bfloat16 (8 bits).")
+    ] = "keep",
     max_bytes: Annotated[
         str | None, typer.Option("--max-bytes", help="Stop recording before the store is larger: 4G, 500M.")
     ] = None,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farcli.errors import FarcliError
 from farcli.files import disk_error
+from farcli.recording.regions import FirstPart, OtherPart
 from farcli.store import TrajectoryWriter
 
 JOURNAL = "snapshots.ndjson"
@@ -53,14 +54,15 @@ class Background:
     """Writes snapshots in the order they come. One thread fills buffers, one of ours writes them.
 
     Args:
-        writer: of the store; used by our thread only, and by `close` when that has ended.
+        writer: of the store, or of this process's part of it; used by our thread only, and by `close` when that has
+            ended.
         make: makes a pair of vectors.
         on_error: called once, in our thread, with the error that ended the writing.
     """
 
     def __init__(
         self,
-        writer: TrajectoryWriter,
+        writer: "TrajectoryWriter | FirstPart | OtherPart",
         make: Callable[[], tuple[Tensor, Tensor]],
         on_error: Callable[[Exception], None],
     ) -> None:
@@ -115,6 +117,11 @@ class Background:
             except FarcliError as error:
                 self._fail(error)
 
+    def hurry(self) -> None:
+        """Other processes that write parts may be gone: do not wait long for them."""
+        if not isinstance(self.writer, TrajectoryWriter):
+            self.writer.hurry()
+
     def _fail(self, error: Exception) -> None:
         self.error = error
         with contextlib.suppress(FarcliError):  # the first error is the one to report
@@ -139,7 +146,8 @@ class Background:
             self.writer.rewind(len(self.writer.steps) - 1)
         integers = buffer.integers.numpy() if self.writer.layout.integers else None
         self.writer.append(step, buffer.floats.numpy(), integers, run=self.writer.runs[0])
-        write_note(self.writer.home, {"step": step, **buffer.note})
+        if not isinstance(self.writer, OtherPart):
+            write_note(self.writer.home, {"step": step, **buffer.note})
 
 
 def write_note(store: Path, note: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ class Picture:
         once: tensors that are stored once.
         once_tied: alias → name among `once`.
         skipped: sentences about tensors that cannot be stored.
+        region: the coordinates that this process copies; all of them unless several processes write.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class Picture:
         self.layout: Layout = layout_of(items, tied)
         wide = plan.dtype == "keep" and any(slot.dtype == "float64" for slot in self.layout.floats)
         self.dtype = torch.float64 if wide else torch.float32
+        self._rounds = plan.dtype == "bfloat16"
+        self.region = slice(0, self.layout.size)
         self.sharded = any(is_sharded(place.tensor()) for place in self._places.values())
         self._facts = {name: _facts(place.tensor()) for name, place in self.once.items()}
         self._sums = {name: _checksum(place.tensor()) for name, place in self.once.items()}
@@ -89,7 +92,7 @@ class Picture:
         """A new pair of vectors to copy into; pinned where the network is on a CUDA device."""
         pin = self._device is not None
         return (
-            torch.empty(self.layout.size, dtype=self.dtype, pin_memory=pin),
+            torch.empty(self._width, dtype=self.dtype, pin_memory=pin),
             torch.empty(self.layout.integers, dtype=torch.int64, pin_memory=pin),
         )
 
@@ -101,14 +104,14 @@ class Picture:
         """
         with torch.no_grad():
             if self._device is None:
-                for place, into in self._targets(floats, integers):
-                    into.copy_(_whole(place.tensor()).reshape(-1))
+                for tensor, into in self._targets(floats, integers):
+                    into.copy_(tensor)
                 return None
             if self._stage is None:
-                self._stage = Stage(self.layout, self.dtype, self._device)
+                self._stage = Stage(self._width, self.layout.integers, self.dtype, self._device)
             staged = self._stage.vectors()
-            for place, into in self._targets(*staged):
-                into.copy_(_whole(place.tensor()).reshape(-1), non_blocking=True)
+            for tensor, into in self._targets(*staged):
+                into.copy_(tensor, non_blocking=True)
             return self._stage.send(floats, integers)
 
     def gather(self) -> None:
@@ -123,10 +126,24 @@ class Picture:
         self.once.clear()
         self._stage = None
 
-    def _targets(self, floats: Tensor, integers: Tensor) -> Iterator[tuple[Place, Tensor]]:
+    @property
+    def _width(self) -> int:
+        return self.region.stop - self.region.start
+
+    def _targets(self, floats: Tensor, integers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Flat tensors, or what lies in the region of them, and where they go."""
         for slot in self.layout.slots:
-            vector = integers if slot.role == "integer" else floats
-            yield self._places[slot.name], vector[slot.offset : slot.stop]
+            # Of sharded tensors, every process must ask for every one.
+            values = _whole(self._places[slot.name].tensor()).reshape(-1)
+            if slot.role == "integer":
+                yield values, integers[slot.offset : slot.stop]
+                continue
+            if self._rounds:
+                values = values.to(torch.bfloat16)
+            low, high = max(slot.offset, self.region.start), min(slot.stop, self.region.stop)
+            if low < high:
+                start = self.region.start
+                yield values[low - slot.offset : high - slot.offset], floats[low - start : high - start]
 
     def thawed(self, *, thorough: bool = False) -> str | None:
         """The name of a tensor stored once that has changed since; None when all are as they were.
@@ -168,9 +185,9 @@ class Stage:
     whole whatever the script does to its weights next; copying straight from them would race with it.
     """
 
-    def __init__(self, layout: Layout, dtype: torch.dtype, device: torch.device) -> None:
-        self._floats = torch.empty(layout.size, dtype=dtype, device=device)
-        self._integers = torch.empty(layout.integers, dtype=torch.int64, device=device)
+    def __init__(self, floats: int, integers: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._floats = torch.empty(floats, dtype=dtype, device=device)
+        self._integers = torch.empty(integers, dtype=torch.int64, device=device)
         self._stream = torch.cuda.Stream(device)
         self._sent: torch.cuda.Event | None = None
         self._device = device

@@ -12,7 +12,7 @@ from farcli.errors import UsageError
 VARIABLE = "FARCLI_RECORD"
 """Environment variable that carries a plan to the processes of a recorded command."""
 DEFAULT_EVERY = 50
-DTYPES = ("keep", "float32")
+DTYPES = ("keep", "float32", "bfloat16")
 _LARGEST_STEP = 10**9
 
 
@@ -82,13 +82,8 @@ class Plan:
             raise UsageError(f"{' and '.join(given)} contradict each other: choose one.")
         if any(low >= high for low, high in pairwise(self.at)) or (self.at and self.at[0] < 0):
             raise UsageError(f"--at {','.join(map(str, self.at))}: expected ascending steps.")
-        if self.dtype == "bfloat16":
-            raise UsageError(
-                "--dtype bfloat16: Zarr has no such type, and rounding to it costs most of a fine-tuning update.",
-                "Weights that are bfloat16 already are stored exactly by --dtype keep.",
-            )
         if self.dtype not in DTYPES:
-            raise UsageError(f"--dtype {self.dtype!r}: expected {' or '.join(DTYPES)}.")
+            raise UsageError(f"--dtype {self.dtype!r}: expected {', '.join(DTYPES)}.")
         if self.sync not in ("none", "commit", "always"):
             raise UsageError(f"--sync {self.sync!r}: expected none, commit or always.")
         if self.replace and self.resume:

@@ -23,6 +23,7 @@ from farcli.recording.messages import say, stopped
 from farcli.recording.names import Place, is_sharded, name_tensors, places_of, skipped, step_base, tensors_of
 from farcli.recording.picture import Picture, moments_of
 from farcli.recording.plan import Plan
+from farcli.recording.regions import FirstPart, OtherPart, Region, agree, any_says_so, spread
 from farcli.store import Trajectory, TrajectoryWriter, is_store
 from farcli.store.disk import Sync
 
@@ -130,6 +131,8 @@ class Recording:
         self._writes = writes
         self._exclusive = exclusive
         self._header = {**(header or {}), "recording": {"door": door, "snapshots": plan.spacing()}}
+        if plan.dtype == "bfloat16":
+            self._header["recording"]["rounded"] = plan.dtype
         if plan.session:
             self._header["recording"]["session"] = plan.session
         self._on_error = on_error
@@ -142,9 +145,13 @@ class Recording:
         self._sink: Background | None = None
         self._moments: Background | None = None
         self._moments_picture: Picture | None = None
-        self._last: tuple[int, Buffer] | None = None
+        self._last: Buffer | None = None
+        """What was handed over last; stays as it is until the next but one."""
+        self._newest: int | None = None
+        """Step of the last snapshot, equal in all processes, whether or not it could be stored."""
         self._groups: list[dict[str, Any]] = []
         self._taken = 0
+        self._captured = False
         self._settled = False
         self.loss: float | None = None
         self._began = monotonic()
@@ -152,7 +159,9 @@ class Recording:
         for sentence in self._picture.skipped:
             say(f"{sentence}.")
         self._limit = self._most_snapshots()
-        if writes:
+        self._shared = self._picture.sharded and spread(self._places)
+        """Whether all processes write, each its part."""
+        if writes or self._shared:
             try:
                 self._open_store()
             except Exception as error:
@@ -197,6 +206,15 @@ class Recording:
         """An optimiser has stepped."""
         if skipped(optimizer):
             return
+        if _captured():
+            # What is captured runs later, over and over, without us; a copy now would become a part of it.
+            if not self._captured:
+                self._captured = True
+                say(
+                    f"{self.path}: the training step is captured in a CUDA graph, whose replays cannot be counted: "
+                    "only the first and the last snapshot are recorded. Leave optimizer.step() out of the graph."
+                )
+            return
         self._counts[optimizer] += 1
         if self._counts[optimizer] > self.step:
             self.step = self._counts[optimizer]
@@ -220,13 +238,13 @@ class Recording:
         self._pending = None
         try:
             if self._picture.sharded and alone:
+                if self._sink is not None:
+                    self._sink.hurry()
                 return
-            if self._last is None or self._last[0] != self.step:
+            if self._newest != self.step:
                 self._take(self.step, last=True)
-            elif self._sink is not None:
-                self._replace_last(self._sink)
-            elif self._picture.sharded:
-                self._picture.gather()
+            else:
+                self._replace_last()
         finally:
             self._places.clear()
             self._groups.clear()
@@ -248,7 +266,9 @@ class Recording:
         """End the recording; where weights are spread over processes, go on helping to read them."""
         if not self.failed:
             self.failed = True
-            self._on_error(error)
+            part = self._sink.writer if self._sink is not None else None
+            if not (isinstance(part, OtherPart) and part.tell(error)):
+                self._on_error(error)
 
     # -------------------------------------------------------------- snapshots
 
@@ -270,13 +290,16 @@ class Recording:
                     say(f"{self.path}: --max-bytes is reached at step {step}; only the last snapshot is still to come.")
             return
         self._taken += 1
+        self._newest = step
         if self._sink is not None and not self.failed:
             name = self._picture.thawed(thorough=last)
             if name is not None and not self.sharded:
                 self._start_over(name, step)
-            if self._plan.with_optimizer and not self.sharded:
-                self._take_moments(step)
-            self._last = (step, self._submit(self._sink, self._picture, step))
+        stores = self._sink is not None and not self.failed
+        if self._plan.with_optimizer and (stores or self.sharded):
+            self._take_moments(step)
+        if self._sink is not None and stores:
+            self._last = self._submit(self._sink, self._picture, step)
         elif self.sharded:
             self._picture.gather()
 
@@ -300,50 +323,90 @@ class Recording:
             self._groups = [group for optimizer in alive for group in optimizer.param_groups]
         return [_rate(group) for group in self._groups]
 
-    def _replace_last(self, sink: Background) -> None:
+    def _replace_last(self) -> None:
         """Store the weights a training ends with, if they are not those it had after its last step.
 
         Averaged weights may have been swapped in, or BatchNorm have seen more data.
         """
-        assert self._last is not None
-        step, stored = self._last
-        changed = self._picture.thawed(thorough=True)
-        if changed is not None:
-            say(f"{self.path}: {changed!r} did not require gradients and changed after the last snapshot.")
-        buffer = sink.take()
-        buffer.ready = self._picture.copy(buffer.floats, buffer.integers)
-        for each in (buffer, stored):
-            if each.ready is not None:
-                each.ready.synchronize()
-        if buffer.differs(stored):
-            buffer.note = dict(stored.note)
-            sink.submit(step, buffer, again=True)
-        else:
-            sink.put_back(buffer)
+        sink, stored, buffer, differs = self._sink, self._last, None, False
+        if sink is not None and stored is not None and not self.failed:
+            changed = self._picture.thawed(thorough=True)
+            if changed is not None:
+                say(f"{self.path}: {changed!r} did not require gradients and changed after the last snapshot.")
+            buffer = sink.take()
+            buffer.ready = self._picture.copy(buffer.floats, buffer.integers)
+            for each in (buffer, stored):
+                if each.ready is not None:
+                    each.ready.synchronize()
+            differs = buffer.differs(stored)
+        elif self._picture.sharded:
+            self._picture.gather()
+        if self._shared:
+            differs = any_says_so(differs)  # a snapshot is stored by all or by none
+        if sink is not None and buffer is not None and stored is not None:
+            if differs:
+                buffer.note = dict(stored.note)
+                sink.submit(self.step, buffer, again=True)
+            else:
+                sink.put_back(buffer)
 
     def _take_moments(self, step: int) -> None:
-        if self._moments is None:
+        if self._moments_picture is None:
             places = moments_of([p for p in self._places if self._plan.selects(p.name)], self.optimizers)
             if not places:
                 return  # before the first step there are none
-            plan = Plan(output=self._plan.output)
-            self._moments_picture = picture = Picture(places, [], plan, everything=True)
-            assert self._sink is not None
-            writer = TrajectoryWriter.create(
-                self._sink.writer.home / MOMENTS,
-                picture.layout,
-                [0],
-                kind="optimizer",
-                dtype=str(picture.dtype).removeprefix("torch."),
-                sync=cast(Sync, self._plan.sync),
-            )
-            self._moments = Background(writer, picture.buffers, self.fail)
-        assert self._moments_picture is not None
-        self._submit(self._moments, self._moments_picture, step)
+            self._moments_picture = Picture(places, [], Plan(output=self._plan.output), everything=True)
+            if self._writes and self._sink is not None:
+                self._moments = self._open_moments(self._sink.writer.home, self._moments_picture)
+        if self._moments is not None and not self.failed:
+            self._submit(self._moments, self._moments_picture, step)
+        elif self.sharded:
+            self._moments_picture.gather()
+
+    def _open_moments(self, home: Path, picture: Picture) -> Background:
+        writer = TrajectoryWriter.create(
+            home / MOMENTS,
+            picture.layout,
+            [0],
+            kind="optimizer",
+            dtype=str(picture.dtype).removeprefix("torch."),
+            sync=cast(Sync, self._plan.sync),
+        )
+        return Background(writer, picture.buffers, self.fail)
 
     # ------------------------------------------------------------------ store
 
     def _open_store(self, *, everything: bool = False) -> None:
+        writer: TrajectoryWriter | None = None
+        region: Region | None = None
+        picture = self._picture
+        try:
+            if self._writes:
+                writer = self._open_writer(everything=everything)
+                if picture.once:
+                    picture.write_once(writer.home)
+        except BaseException:
+            if writer is not None:
+                writer.close()
+            writer = None
+            raise
+        finally:
+            if self._shared:
+                region = agree(writer)  # every process must come here, also where there is no store
+        try:
+            if region is not None:
+                picture.region = slice(region.start, region.stop)
+                sync = self._plan.sync != "none"
+                mine = FirstPart(writer, region) if writer else OtherPart(picture.layout, region, sync=sync)
+                self._sink = Background(mine, picture.buffers, self.fail)
+            elif writer is not None:
+                self._sink = Background(writer, picture.buffers, self.fail)
+        except BaseException:
+            if writer is not None:
+                writer.close()
+            raise
+
+    def _open_writer(self, *, everything: bool) -> TrajectoryWriter:
         picture = self._picture
         header = self._header | {"provenance": provenance(**_said(self._plan))}
         if picture.once:
@@ -352,23 +415,19 @@ class Recording:
             header["seed"] = self._plan.seed
         dtype = str(picture.dtype).removeprefix("torch.")
         wanted = self.path
+        parts = process_count() if self._shared else 1
         writer, self.path = open_store(
-            wanted, picture.layout, dtype, header, self._plan, self.step, exclusive=self._exclusive
+            wanted, picture.layout, dtype, header, self._plan, self.step, exclusive=self._exclusive, parts=parts
         )
         if self.path != wanted and not everything:
             say(f"{wanted}: holds another training of this command; this one is recorded in {self.path}.")
-        try:
-            if picture.once:
-                picture.write_once(writer.home)
-            self._sink = Background(writer, picture.buffers, self.fail)
-        except BaseException:
-            writer.close()
-            raise
+        return writer
 
     def _start_over(self, name: str, step: int) -> None:
         """A tensor that did not require gradients has changed: go on in another store, which has it each time."""
         before, self._exclusive = self.path, False
         self.close(finish=True)
+        self._moments_picture = None
         optimizers = self.optimizers
         self._picture.release()
         self._picture = Picture(self._places, optimizers, self._plan, everything=True)
@@ -381,7 +440,15 @@ class Recording:
 
 
 def open_store(
-    path: Path, layout: Layout, dtype: str, header: dict[str, Any], plan: Plan, base: int, *, exclusive: bool
+    path: Path,
+    layout: Layout,
+    dtype: str,
+    header: dict[str, Any],
+    plan: Plan,
+    base: int,
+    *,
+    exclusive: bool,
+    parts: int = 1,
 ) -> tuple[TrajectoryWriter, Path]:
     """Start a store, or go on with one.
 
@@ -393,6 +460,7 @@ def open_store(
         plan: says whether to resume or to replace.
         base: the step that is recorded next; what a resumed store has of it and beyond is dropped.
         exclusive: whether an existing store is an error; else the first free name with a number is taken.
+        parts: how many processes will write each snapshot of a new store.
 
     Returns:
         The writer and the path it writes.
@@ -418,7 +486,7 @@ def open_store(
         gives_way = plan.replace and number == 1 and not _is_of_session(candidate, plan.session)
         try:
             writer = TrajectoryWriter.create(
-                candidate, layout, [0], header=header, dtype=dtype, sync=sync, replace=gives_way
+                candidate, layout, [0], header=header, dtype=dtype, parts=parts, sync=sync, replace=gives_way
             )
         except UsageError:
             if exclusive or gives_way or not os.path.lexists(candidate):
@@ -456,6 +524,11 @@ def _difference(stored: Layout, wanted: Layout) -> str:
     return f"D = {stored.size} there, {wanted.size} here"
 
 
+def _captured() -> bool:
+    """Whether what this thread asks of CUDA is not done but recorded into a graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def _said(plan: Plan) -> dict[str, Any]:
     return {"command": list(plan.command)} if plan.command else {}
 
@@ -488,13 +561,22 @@ def process_rank() -> int:
     return int(os.environ.get("RANK") or 0)
 
 
+def process_count() -> int:
+    """How many processes train together."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return int(distributed.get_world_size())
+    return 1
+
+
 class Recorder:
     """Records a training of your own: `with Recorder(model, optimizer, "run.zarr", every=50): train()`.
 
     The snapshot taken on entry is of the step the optimiser says it has taken (0 for a new one); the last one,
     taken when the block ends, is of the weights as they are then. A block that ends with an exception leaves the
     store unfinished, with everything up to there. Under DDP only rank 0 writes; weights sharded by
-    `fully_shard` are gathered, so that every rank needs the recorder.
+    `fully_shard` are gathered tensor by tensor and each rank writes a part of every snapshot, so that every rank
+    needs the recorder.
 
     Args:
         model: the network; or several by name, which then begin the names of their tensors.
@@ -506,7 +588,8 @@ class Recorder:
         steps: steps the training will take; for `log_spaced` only.
         params: patterns of tensor names to store; "!pattern" excludes.
         trainable_only: store neither buffers nor frozen parameters.
-        dtype: "keep" holds every tensor exactly, "float32" rounds float64.
+        dtype: "keep" holds every tensor exactly, "float32" rounds float64, "bfloat16" rounds to 8 bits of
+            precision (kept as float32, which `pack` halves): too coarse for fine-tuning, whose updates are as small.
         start_step: steps taken before; found in the optimiser's state when None.
         resume: go on with an existing store; what it has of `start_step` and beyond is replaced.
         replace: an existing store gives way once the new one is finished.

@@ -456,13 +456,12 @@ class SnapshotFile:
                 self._crc = 0
 
     def _ending(self) -> Iterator[Buffer]:
-        """Fill values up to the end of the last chunk, and the index."""
-        meta = self._metadata
-        missing = -self._written % meta.chunk_bytes
+        """Fill values up to the end of the file, and the index."""
+        meta, count = self._metadata, prod(self._metadata.chunks_per_file)
+        missing = count * meta.chunk_bytes - self._written
+        assert missing >= 0
         if missing:
             yield from self._checked(np.full(missing // meta.dtype.itemsize, np.nan, meta.dtype).data.cast("B"))
-        count = prod(meta.chunks_per_file)
-        assert self._written == count * meta.chunk_bytes
         yield _index(count, meta.chunk_bytes + _CRC)
 
     def publish(self) -> None:

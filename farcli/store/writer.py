@@ -143,6 +143,7 @@ class TrajectoryWriter:
         planned_steps: Sequence[int] | None = None,
         lockstep: bool = False,
         chunk: tuple[int, int, int] | None = None,
+        parts: int = 1,
         sync: Sync = "commit",
         replace: bool = False,
         staged: bool = False,
@@ -161,6 +162,8 @@ class TrajectoryWriter:
             lockstep: whether all runs advance together (`append` without `run`); decides the chunks only.
             chunk: shape (runs, steps, coordinates) of the chunks instead of the chosen one. Fewer coordinates than D
                 mean a file per snapshot cut into such chunks; then runs and steps must be 1.
+            parts: files that a snapshot with a file of its own is cut into, at bounds of chunks, so that as many
+                processes can write it; fewer where there are fewer chunks. Tiny snapshots are not cut.
             sync: "none" leaves writing to the disk to the system (a power loss may cost snapshots), "commit" waits
                 for the disk at each commit, "always" also commits at each append, however small.
             replace: an existing store gives way, at the instant the new one is finished; implies `staged` then.
@@ -194,10 +197,12 @@ class TrajectoryWriter:
         parse_header(values, path)
 
         sharded = chunk[2] < layout.size
+        chunks = -(-layout.size // chunk[2])
+        file = -(-chunks // parts) * chunk[2]
         document = array_document(
             shape=(len(labels), 0, layout.size),
             dtype=np.dtype(dtype),
-            outer=(1, 1, -(-layout.size // chunk[2]) * chunk[2]) if sharded else chunk,
+            outer=(1, 1, file) if sharded else chunk,
             inner=chunk if sharded else None,
             dimensions=DIMENSIONS,
         )
@@ -303,8 +308,20 @@ class TrajectoryWriter:
     def _fsync(self) -> bool:
         return self._sync != "none"
 
+    @property
+    def parts(self) -> list[slice]:
+        """The coordinates in each file of a snapshot that has files of its own; one part where it has none."""
+        size, file = self.layout.size, self._weights.metadata.outer[2]
+        return [slice(start, min(start + file, size)) for start in range(0, max(size, 1), file)]
+
     def append(
-        self, step: int, vectors: np.ndarray, integers: np.ndarray | None = None, *, run: int | None = None
+        self,
+        step: int,
+        vectors: np.ndarray,
+        integers: np.ndarray | None = None,
+        *,
+        run: int | None = None,
+        parts: Sequence[Path] = (),
     ) -> None:
         """Append one snapshot of one run, or of all runs at once.
 
@@ -313,6 +330,8 @@ class TrajectoryWriter:
             vectors: [D] for one run, [len(runs), D] for all; cast to the store's dtype.
             integers: integer buffers, [layout.integers] or [len(runs), layout.integers]; given always or never.
             run: label of the run; None for all runs.
+            parts: files that other processes have written with `write_part`: all parts of one run's snapshot but
+                the first, which alone is in `vectors` then. They are moved into the store.
 
         Raises:
             UsageError: wrong shape, run or step.
@@ -320,12 +339,14 @@ class TrajectoryWriter:
         """
         rows = list(range(len(self.runs))) if run is None else [self._run_at(run)]
         shape = (len(rows),) if run is None else ()
-        vectors = self._shaped("vector", vectors, (*shape, self.layout.size)).reshape(len(rows), -1)
+        assert not parts or (len(rows) == 1 and len(parts) == len(self.parts) - 1)
+        width = self.parts[0].stop if parts else self.layout.size
+        vectors = self._shaped("vector", vectors, (*shape, width)).reshape(len(rows), -1)
         if integers is not None:
             integers = self._shaped("integers", integers, (*shape, self.layout.integers)).reshape(len(rows), -1)
         with self._appending(rows, [int(step)], integers is not None) as places:
             for at, vector in enumerate(vectors):
-                self._weights.put(rows[at], places[rows[at]], vector)
+                self._weights.put(rows[at], places[rows[at]], vector, parts)
                 if self._integers is not None and integers is not None:
                     self._integers.put(rows[at], places[rows[at]], integers[at])
             if self._is_due(rows):
@@ -658,14 +679,35 @@ def _is_ours(path: Path) -> bool:
 
 def _check_growth(metadata: ArrayMetadata, path: Path) -> None:
     """Refuse arrays whose files are not laid out as we write them."""
-    one_file_wide = metadata.outer[2] >= metadata.shape[2] and metadata.separator == "."
-    if not (
-        metadata.native
-        and metadata.decode is None
-        and one_file_wide
-        and (not metadata.sharded or metadata.outer[:2] == (1, 1))
-    ):
+    files_of_ours = (
+        metadata.outer[:2] == (1, 1) if metadata.sharded else metadata.outer[2] >= metadata.shape[2]
+    ) and metadata.separator == "."
+    if not (metadata.native and metadata.decode is None and files_of_ours):
         raise StoreError(f"{path}: was rewritten since it was recorded (packed or rechunked) and cannot grow.")
+
+
+def write_part(home: Path, part: int, values: np.ndarray, path: Path, *, sync: bool) -> None:
+    """Write one part of a snapshot of a store that another process is writing, for its `append` to take over.
+
+    Args:
+        home: folder of the store while it is written.
+        part: number of the part.
+        values: its coordinates, cast to the store's dtype.
+        path: of the file; on the same file system as the store.
+        sync: wait for the disk.
+
+    Raises:
+        StoreError: there is no such store, or its snapshots have no such part.
+        ResourceError: no space left.
+    """
+    metadata = parse_array(read_document(home / "weights" / DOCUMENT, home), "weights", DIMENSIONS, home)
+    start = part * metadata.outer[2]
+    expected = min(metadata.outer[2], metadata.shape[2] - start)
+    if not metadata.sharded or values.shape != (expected,):
+        raise StoreError(f"{home}: part {part} of shape {list(values.shape)}, expected [{expected}].")
+    file = SnapshotFile(path, metadata, sync=sync)
+    file.write(np.ascontiguousarray(values, metadata.dtype), last=True)
+    file.publish()
 
 
 class _Cells:
@@ -679,6 +721,8 @@ class _Cells:
         """Snapshots put so far, of each run."""
         self._sync = sync
         self._files: list[SnapshotFile] = []
+        self._given: list[tuple[Path, Path]] = []
+        """Files of other processes, and what they shall be called."""
         self._chunks: dict[tuple[int, int], np.ndarray] = {}
         self._changed: set[tuple[int, int]] = set()
 
@@ -692,21 +736,26 @@ class _Cells:
         shape = [self.metadata.shape[0], steps, self.metadata.shape[2]]
         return self.metadata.document | {"shape": shape, "attributes": {}}
 
-    def new_file(self, run: int, step: int) -> SnapshotFile:
-        """A file for one snapshot; `flush` publishes it."""
-        path = self.folder / self.metadata.key(run, step, 0)
-        return SnapshotFile(path, self.metadata, sync=self._sync)
+    def new_files(self, run: int, step: int) -> "list[SnapshotFile]":
+        """The files of one snapshot, one for each part; `flush` publishes them."""
+        count = -(-self.metadata.shape[2] // self.metadata.outer[2])
+        paths = [self.folder / self.metadata.key(run, step, part) for part in range(count)]
+        return [SnapshotFile(path, self.metadata, sync=self._sync) for path in paths]
 
     def add(self, file: SnapshotFile) -> None:
         """Take charge of a completed file."""
         self._files.append(file)
 
-    def put(self, run: int, step: int, vector: np.ndarray) -> None:
-        """Take one snapshot: written to its file now, or kept in its chunk until `flush`."""
+    def put(self, run: int, step: int, vector: np.ndarray, parts: Sequence[Path] = ()) -> None:
+        """Take one snapshot: written to its files now, or kept in its chunk until `flush`."""
         if self.metadata.sharded:
-            file = self.new_file(run, step)
-            file.write(np.ascontiguousarray(vector, self.metadata.dtype), last=True)
-            self.add(file)
+            files = self.new_files(run, step)
+            self._given.extend(zip(parts, (file.path for file in files[1:]), strict=False))
+            width = self.metadata.outer[2]
+            for number, file in enumerate(files[:1] if parts else files):
+                part = vector[number * width : (number + 1) * width]
+                file.write(np.ascontiguousarray(part, self.metadata.dtype), last=True)
+                self.add(file)
             return
         assert step == self._written[run]
         outer = self.metadata.outer
@@ -727,6 +776,12 @@ class _Cells:
         while self._files:
             self._files[-1].publish()
             self._files.pop()
+        while self._given:
+            found, path = self._given.pop()
+            try:
+                found.replace(path)
+            except OSError as error:
+                raise disk_error(path, error) from error
         for key in sorted(self._changed):
             write_chunk(self.folder / self.metadata.key(*key, 0), self._chunks[key], sync=self._sync)
             self._changed.remove(key)
@@ -739,6 +794,7 @@ class _Cells:
         """Forget snapshots put beyond these counts."""
         while self._files:
             self._files.pop().discard()
+        self._given.clear()
         self._written = list(snapshots)
 
     def rewind(self, snapshots: Sequence[int]) -> None:
@@ -785,11 +841,11 @@ class ColumnSink:
         self._steps = steps
         self._layout = layout
         self._next = 0
-        self._files: list[list[SnapshotFile]] = []
+        self._files: list[list[list[SnapshotFile]]] = []
         self._spool = np.empty(0)
         self.given_integers: np.ndarray | None = None
         if cells.metadata.sharded:
-            self._files = [[cells.new_file(row, first + j) for j in range(steps)] for row, first in places.items()]
+            self._files = [[cells.new_files(row, first + j) for j in range(steps)] for row, first in places.items()]
         else:
             self._spool = self._make_spool((len(places), steps, layout.size), cells.metadata.dtype)
 
@@ -827,9 +883,13 @@ class ColumnSink:
                 f"[{expected[0]}, {expected[1]}, …] at {self._next} of {self._layout.size}."
             )
         if self._files:
-            for files, rows in zip(self._files, block_RTd, strict=True):
-                for file, row in zip(files, rows, strict=True):
-                    file.write(np.ascontiguousarray(row, self._cells.metadata.dtype), last=stop == self._layout.size)
+            width = self._cells.metadata.outer[2]
+            for files_T, rows in zip(self._files, block_RTd, strict=True):
+                for files, row in zip(files_T, rows, strict=True):
+                    for number in range(start // width, -(-stop // width)):
+                        low, high = max(start, number * width), min(stop, (number + 1) * width)
+                        values = np.ascontiguousarray(row[low - start : high - start], self._cells.metadata.dtype)
+                        files[number].write(values, last=high in (self._layout.size, (number + 1) * width))
         else:
             self._spool[:, :, start:stop] = block_RTd
         self._next = stop
@@ -851,9 +911,8 @@ class ColumnSink:
             raise UsageError(f"{self._path}: {self._next} of {self._layout.size} coordinates were written.")
         assert places == self._places, "snapshots were appended while columns were being written"
         if self._files:
-            for files in self._files:
-                for file in files:
-                    self._cells.add(file)
+            for file in self._all_files():
+                self._cells.add(file)
             self._files = []
             return
         for i, (row, first) in enumerate(places.items()):
@@ -862,8 +921,10 @@ class ColumnSink:
 
     def discard(self) -> None:
         """Drop what was not handed over."""
-        for files in self._files:
-            for file in files:
-                file.discard()
+        for file in self._all_files():
+            file.discard()
         self._files = []
         self._spool = np.empty(0)
+
+    def _all_files(self) -> Iterator[SnapshotFile]:
+        return (file for files_T in self._files for files in files_T for file in files)

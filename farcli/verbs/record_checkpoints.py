@@ -11,7 +11,7 @@ from farcli.errors import StoreError, UnfinishedError, UsageError
 from farcli.files import refuse_existing
 from farcli.provenance import provenance
 from farcli.recording.checkpoints import fill, find_checkpoints, layout_of_state, read_checkpoint
-from farcli.recording.plan import selects
+from farcli.recording.plan import DTYPES, selects
 from farcli.store import Trajectory, TrajectoryWriter, is_store
 from farcli.store.disk import Sync
 
@@ -37,7 +37,7 @@ def record_checkpoints(
         patterns: paths of files (.safetensors, .pt, .pth, .bin, .ckpt) and folders, with wildcards.
         output: the store to write.
         params: patterns of tensor names to store; "!pattern" excludes.
-        dtype: "keep" holds every tensor exactly, "float32" rounds float64.
+        dtype: "keep" holds every tensor exactly, "float32" rounds float64, "bfloat16" to 8 bits of precision.
         max_bytes: refuse to write more.
         replace: replace an existing store, atomically.
         resume: go on with an unfinished one.
@@ -53,8 +53,8 @@ def record_checkpoints(
         UsageError: the output exists.
     """
     began = time.monotonic()
-    if dtype not in ("keep", "float32"):
-        raise UsageError(f"--dtype {dtype!r}: expected keep or float32.")
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype!r}: expected {', '.join(DTYPES)}.")
     if replace and resume:
         raise UsageError("--force and --resume contradict each other: choose one.")
     if not resume:
@@ -88,8 +88,9 @@ def record_checkpoints(
         raise UsageError(f"{output}: needs {total} bytes, more than --max-bytes {max_bytes}.")
     if dry_run:
         return row
+    rounded = {"rounded": dtype} if dtype == "bfloat16" else {}
     header = {
-        "recording": {"door": "checkpoints", "from": list(patterns)},
+        "recording": {"door": "checkpoints", "from": list(patterns)} | rounded,
         "checkpoints": [str(path) for _, path in found],
         "provenance": provenance(),
     }
@@ -114,6 +115,8 @@ def record_checkpoints(
             for number in range(len(writer.steps), len(found)):
                 step, path = found[number]
                 fill(first if number == 0 else read(path), layout, floats, integers, path)
+                if rounded:
+                    floats = floats.bfloat16().to(kind)
                 writer.append(step, floats.numpy(), integers.numpy() if layout.integers else None, run=0)
                 first = {}
                 report(number + 1, len(found), f"step {step}")

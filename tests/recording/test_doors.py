@@ -112,6 +112,16 @@ class TestRecorder:
         assert same(state_of(a), model.state_dict())
         assert torch.equal(state_of(b)["weight"], model.weight.detach().float().double())
 
+    def test_rounded_to_bfloat16_on_request_and_said(self, tmp_path):
+        model = nn.Linear(300, 20)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with farcli.Recorder(model, optimizer, tmp_path / "a.zarr", dtype="bfloat16"):
+            pass
+        stored = Trajectory.open(tmp_path / "a.zarr")
+        assert torch.equal(state_of(stored)["weight"], model.weight.detach().bfloat16().float())
+        assert not torch.equal(state_of(stored)["weight"], model.weight.detach())
+        assert stored.header["recording"]["rounded"] == "bfloat16"
+
 
 def test_a_plan_survives_its_environment_variable():
     plan = Plan(output="x {rank}.zarr", at=(0, 1, 5), params=("!a*",), command=("python", "t.py"), seed=3)
@@ -263,7 +273,7 @@ class TestRefused:
             (("record", "-o", "a.zarr", "--every", "0", "--", "true"), "--every 0"),
             (("record", "-o", "a.zarr", "--every", "2", "--at", "1,2", "--", "true"), "contradict"),
             (("record", "-o", "a.zarr", "--at", "2,1", "--", "true"), "ascending"),
-            (("record", "-o", "a.zarr", "--dtype", "bfloat16", "--", "true"), "--dtype bfloat16"),
+            (("record", "-o", "a.zarr", "--dtype", "float16", "--", "true"), "--dtype 'float16'"),
             (("record", "-o", "{task}.zarr", "--", "true"), "SLURM_ARRAY_TASK_ID"),
             (("record", "-o", "exists.zarr", "--", "true"), "already exists"),
             (("record", "-o", "exists.zarr", "--force", "--", "true"), "not a trajectory store"),

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from farcli.store import Trajectory
 from tests.recording.conftest import same
 
 pytestmark = pytest.mark.slow
@@ -65,14 +66,74 @@ def test_torchrun_fully_shard(bench, destroy):
     assert same(ran.state(), ran.saved())
 
 
-def test_torchrun_fully_shard_with_a_full_disk_on_the_writing_rank_does_not_hang(bench):
-    text = FSDP.replace("DESTROY", "dist.destroy_process_group()").replace("(6, 9)", "(6, 90000)")
-    text = text.replace("(9, 3)", "(90000, 3)").replace("lr=0.01), 7)", "lr=1e-4), 7, full)")
+LARGE = FSDP.replace("(6, 9)", "(6, 90000)").replace("(9, 3)", "(90000, 3)").replace("lr=0.01", "lr=1e-4")
+
+
+@pytest.mark.parametrize("destroy", ["dist.destroy_process_group()", ""])
+def test_torchrun_fully_shard_each_process_writes_its_part(bench, destroy):
+    bench.write(LARGE.replace("DESTROY", destroy))
+    ran = bench.record("--every", 3, "--with-optimizer", command=TORCHRUN)
+    assert ran.code == 0, ran.err
+    assert not ran.said
+    store = ran.store()
+    assert store.steps == [0, 3, 6, 7]
+    assert same(ran.state(), ran.saved())
+    files = sorted(path.name for path in (store.path / "weights").glob("c.*"))
+    assert files == [f"c.0.{step}.{part}" for step in range(4) for part in range(2)]
+    assert not (store.path / "parts").exists()
+    assert not list(store.verify())
+    moments = Trajectory.open(store.path / "optimizer.zarr")
+    assert moments.steps == [3, 6, 7]
+    assert {slot.name.rsplit(".", 1)[1] for slot in moments.layout.floats} == {"exp_avg", "exp_avg_sq"}
+    assert moments.layout.size == 2 * store.layout.size
+
+
+def test_weights_changed_behind_the_last_step_by_all_processes_replace_the_last_snapshot(bench):
+    after = """
+    with torch.no_grad():
+        for tensor in model.parameters():
+            tensor.mul_(0.5)
+    whole = {"""
+    bench.write(LARGE.replace("DESTROY", "dist.destroy_process_group()").replace("\n    whole = {", after))
+    ran = bench.record("--every", 7, command=TORCHRUN)
+    assert ran.code == 0, ran.err
+    assert ran.store().steps == [0, 7]
+    assert same(ran.state(), ran.saved())
+
+
+def test_a_killed_sharded_training_is_resumed_by_fewer_processes(bench):
+    text = LARGE.replace("DESTROY", "dist.destroy_process_group()").replace("lr=1e-4), 7)", "lr=1e-4), 7, die)")
     bench.write(
         """
-    import resource
+    import os
+    def die(step):
+        if step == 5 and os.environ["WORLD_SIZE"] == "2":
+            os.kill(os.getpid(), 9)
+    """
+        + text.replace('"cpu", (2,)', '"cpu", (dist.get_world_size(),)')
+    )
+    killed = bench.record("--every", 2, command=TORCHRUN)
+    assert killed.code != 0
+    stored = killed.store(partial=True)
+    assert stored.steps in ([0, 2], [0, 2, 4])
+    assert not list(stored.verify())
+    one = [*TORCHRUN[:-2], "1", TORCHRUN[-1]]
+    ran = bench.record("--every", 2, "--resume", command=one)
+    assert ran.code == 0, ran.err
+    assert ran.store().steps == [0, 2, 4, 6, 7]
+    assert same(ran.state(), ran.saved())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_fully_shard_with_a_full_disk_on_one_rank_does_not_hang(bench, rank):
+    text = LARGE.replace("DESTROY", "dist.destroy_process_group()").replace("lr=1e-4), 7)", "lr=1e-4), 7, full)")
+    bench.write(
+        f"""
+    import os, resource, time
     def full(step):
-        if step == 4:
+        if step == 4 and os.environ["RANK"] == "{rank}":
+            while not os.path.exists("run.zarr/weights/c.0.1.1"):
+                time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     """
         + text.replace('torch.save(whole, "final.pt")', 'print("done")')

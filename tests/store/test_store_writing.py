@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 
 from farcli.errors import DamagedError, StoreError, UnfinishedError, UsageError
-from farcli.store import Trajectory, TrajectoryWriter
+from farcli.layout import layout_of
+from farcli.store import Trajectory, TrajectoryWriter, write_part
 from tests.store.cases import CASES, Case, files
 
 RESUMABLE = ("tiny lockstep", "tiny one by one", "chunks of 2 runs, 3 steps", "file per snapshot")
@@ -339,3 +341,48 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     message = f"is being written by process {os.getpid()}"
     with TrajectoryWriter.resume(path), pytest.raises(UsageError, match=message):
         TrajectoryWriter.resume(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "parts", "chunk"),
+    [
+        (300_000, 1, None),
+        (300_000, 4, None),
+        (300_000, 3, (1, 1, 4096)),
+        (70_000, 5, (1, 1, 65536)),
+        (300_001, 64, None),
+    ],
+)
+def test_a_snapshot_in_several_files_written_by_one_process_or_several(tmp_path, size, parts, chunk):
+    vectors = np.random.default_rng(0).standard_normal((3, size)).astype(np.float32)
+    path = tmp_path / "s.zarr"
+    layout = layout_of([("a", (size,), "float32", "parameter")])
+    with TrajectoryWriter.create(path, layout, [0], parts=parts, chunk=chunk) as writer:
+        assert len(writer.parts) <= parts
+        assert [part.start for part in writer.parts[1:]] == [part.stop for part in writer.parts[:-1]]
+        assert writer.parts[-1].stop == size
+        writer.append(0, vectors[0], run=0)
+    with TrajectoryWriter.resume(path) as writer:
+        others = [tmp_path / f"part{number}" for number in range(1, len(writer.parts))]
+        for number, other in enumerate(others, 1):
+            write_part(path, number, vectors[1, writer.parts[number]], other, sync=False)
+        writer.append(1, vectors[1, writer.parts[0]] if others else vectors[1], run=0, parts=others)
+        assert not any(other.exists() for other in others)
+        with writer.columns([0], [2]) as sink:
+            for start in range(0, size, 50_000):
+                sink.write(start, vectors[2, start : start + 50_000][None, None])
+        writer.finish()
+    trajectory = Trajectory.open(path)
+    assert np.array_equal(trajectory.read([0], [0, 1, 2])[0], vectors)
+    assert np.array_equal(trajectory.read([0], [1], 12_345, 56_789)[0, 0], vectors[1, 12_345:56_789])
+    assert np.array_equal(zarr.open_array(path / "weights")[0], vectors)
+    assert not list(trajectory.verify())
+
+
+def test_a_part_of_another_shape_is_refused(tmp_path):
+    layout = layout_of([("a", (300_000,), "float32", "parameter")])
+    with TrajectoryWriter.create(tmp_path / "s.zarr", layout, [0], parts=3):
+        with pytest.raises(StoreError, match="part 1 of shape"):
+            write_part(tmp_path / "s.zarr", 1, np.zeros(5, np.float32), tmp_path / "p", sync=False)
+        with pytest.raises(StoreError, match="part 9"):
+            write_part(tmp_path / "s.zarr", 9, np.zeros(5, np.float32), tmp_path / "p", sync=False)
