@@ -23,7 +23,14 @@ from torch.nn.utils.rnn import pad_sequence
 from farcli.errors import UsageError
 from farcli.workloads.base import Batch, Workload, evaluating
 from farcli.workloads.folders import absolute, find, one_of
-from farcli.workloads.hub import EXTRA, fill, require_transformers, stored_config, stored_weights
+from farcli.workloads.hub import (
+    EXTRA,
+    at_least_float32,
+    fill,
+    require_transformers,
+    stored_config,
+    stored_weights,
+)
 from farcli.workloads.optimisation import (
     RULE_HELP,
     Rule,
@@ -198,7 +205,7 @@ class Distilbert(Workload):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""
         tokens, mask, labels = batch
-        return cross_entropy(model(tokens, mask).logits.float(), labels)
+        return cross_entropy(at_least_float32(model(tokens, mask).logits), labels)
 
     def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
         """Cross-entropy and accuracy on held-out sentences, the same for every run."""
@@ -207,7 +214,7 @@ class Distilbert(Workload):
         with evaluating(model):
             for start in range(0, len(labels), _JUDGED_AT_ONCE):
                 part = slice(start, start + _JUDGED_AT_ONCE)
-                scores = model(*self._padded(tokens[part])).logits.float()
+                scores = at_least_float32(model(*self._padded(tokens[part])).logits)
                 loss += float(cross_entropy(scores, labels[part], reduction="sum"))
                 right += int((scores.argmax(1) == labels[part]).sum())
         return {"loss": loss / len(labels), "accuracy": right / len(labels)}

@@ -8,6 +8,7 @@ Differs: no dropout unless asked for, and bytes as tokens by default, which need
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,14 @@ from torch.nn.functional import cross_entropy
 from farcli.errors import UsageError
 from farcli.workloads.base import Batch, Workload, evaluating
 from farcli.workloads.folders import absolute, find, one_of
-from farcli.workloads.hub import EXTRA, fill, require_transformers, stored_config, stored_weights
+from farcli.workloads.hub import (
+    EXTRA,
+    at_least_float32,
+    fill,
+    require_transformers,
+    stored_config,
+    stored_weights,
+)
 from farcli.workloads.optimisation import (
     RULE_HELP,
     Rule,
@@ -39,6 +47,8 @@ _LR_PRETRAINED = {"sgd": 0.01, "momentum": 1e-3, "adam": 5e-5, "adamw": 5e-5, "r
 _WEIGHT_DECAY = {"adamw": 0.01}
 _SIZES = {"layers": 4, "heads": 4, "width": 128, "context": 128}
 _STORED = {"layers": "layer", "heads": "head", "width": "embd", "positions": "positions"}
+_WITH_HEAD = re.compile(r"transformer\.|lm_head\.")
+"""What the names of a language model begin with; the folder may hold the body alone, as OpenAI's does."""
 _BYTES = 256
 
 
@@ -180,8 +190,8 @@ class Gpt2(Workload):
             model = GPT2LMHeadModel(GPT2Config.from_dict(self._architecture))
         if self._config.pretrained is not None:
             weights = stored_weights(Path(self._config.pretrained))
-            plain = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-            fill(model.transformer, plain, f"pretrained={self._config.pretrained}")
+            named = {name if _WITH_HEAD.match(name) else f"transformer.{name}": each for name, each in weights.items()}
+            fill(model, named, f"pretrained={self._config.pretrained}")
         return model.to(dtype_of(self._config)).train()  # pyright: ignore[reportArgumentType]
 
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
@@ -197,14 +207,14 @@ class Gpt2(Workload):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy of the next token, in nats, over all places of the windows."""
         tokens, following = batch
-        return cross_entropy(model(tokens).logits.float().flatten(0, 1), following.flatten())
+        return cross_entropy(at_least_float32(model(tokens).logits).flatten(0, 1), following.flatten())
 
     def evaluate(self, model: nn.Module, seed: int) -> dict[str, float]:
         """Cross-entropy and accuracy of the next token over the held-out windows, the same for every run."""
         loss, right = 0.0, 0
         with evaluating(model):
             for tokens, following in zip(*(part.split(self._config.batch) for part in self._held_out), strict=True):
-                scores = model(tokens).logits.float().flatten(0, 1)
+                scores = at_least_float32(model(tokens).logits).flatten(0, 1)
                 loss += float(cross_entropy(scores, following.flatten(), reduction="sum"))
                 right += int((scores.argmax(1) == following.flatten()).sum())
         count = self._held_out[1].numel()
@@ -228,7 +238,7 @@ def _sizes(config: Gpt2Config, stored: dict[str, Any] | None) -> dict[str, int]:
     """Layers, heads, width, positions and context: those asked for, or those of the pretrained network."""
     said = {name: getattr(config, name) for name in ("layers", "heads", "width", "positions")}
     if stored is None:
-        sizes = {name: said[name] or number for name, number in _SIZES.items() if name in said}
+        sizes = {name: said[name] or _SIZES[name] for name in ("layers", "heads", "width")}
         sizes["positions"] = config.positions or config.context or _SIZES["context"]
         if sizes["width"] % sizes["heads"]:
             raise UsageError(f"gpt2: width={sizes['width']} cannot be divided by heads={sizes['heads']}.")

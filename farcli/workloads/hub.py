@@ -88,3 +88,8 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], whose: object) -> None
     missing = [name for name, tensor in state.items() if tensor.data_ptr() not in filled]
     if missing:
         raise UsageError(f"{whose}: has no tensor {missing[0]!r} ({len(missing)} are missing).")
+
+
+def at_least_float32(scores: Tensor) -> Tensor:
+    """Scores in a format that a softmax over many of them can be taken in; float64 stays."""
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))

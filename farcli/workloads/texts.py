@@ -100,7 +100,7 @@ def running_text(data: str, held_out: str | None = None) -> Text:
     else:
         whole = _bytes_of(path)
         cut = len(whole) - len(whole) // 10
-        cut = whole.find(b"\n", cut) + 1 or cut
+        cut = whole.find(b"\n", cut) + 1 or whole.find(b" ", cut) + 1 or cut
         text = Text(train=whole[:cut], held_out=whole[cut:])
         if held_out is not None:
             text = Text(train=whole, held_out=b"")

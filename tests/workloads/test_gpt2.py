@@ -5,6 +5,7 @@ import sys
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -95,9 +96,13 @@ def test_the_future_is_hidden():
 def test_the_first_loss_is_that_of_a_uniform_guess_and_chance_knows_the_frequencies():
     workload = tiny(windows="200")
     assert workload.evaluate(workload.model([SEED]), SEED)["loss"] == pytest.approx(math.log(256), rel=0.05)
+    whole = np.frombuffer(Path(ENGLISH).read_bytes(), np.uint8)
+    train, held_out = np.split(whole, [len(whole) * 9 // 10])
+    frequency = (np.bincount(train, minlength=256) + 1) / (len(train) + 256)
     chance = workload.chance()
-    assert 2.9 < chance["loss"] < 3.4  # English has about 4.5 bits a letter
-    assert 0.1 < chance["accuracy"] < 0.25  # the share of spaces
+    assert chance["loss"] == pytest.approx(-np.log(frequency)[held_out].mean(), rel=0.05)
+    assert chance["accuracy"] == pytest.approx((held_out == frequency.argmax()).mean(), rel=0.1)
+    assert bytes([int(frequency.argmax())]) == b" "
 
 
 def test_it_learns_english():
@@ -189,13 +194,30 @@ def test_a_pretrained_network_is_loaded_as_it_is(tmp_path: Path):
     ):
         with pytest.raises(UsageError, match=message):
             workload_from("gpt2", {"data": ENGLISH, "pretrained": str(folder)} | options)
+    save_file({name: t for name, t in original.state_dict().items() if name[:2] != "lm"}, folder / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(workload.model([SEED]).eval()(tokens).logits, original(tokens).logits)
     state = original.transformer.state_dict()
     save_file({name: t for name, t in state.items() if name != "h.1.ln_2.bias"}, folder / "model.safetensors")
-    with pytest.raises(UsageError, match=r"has no tensor 'h\.1\.ln_2\.bias'"):
+    with pytest.raises(UsageError, match=r"has no tensor 'transformer\.h\.1\.ln_2\.bias'"):
         workload.model([SEED])
     (folder / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UsageError, match="is a network of type 'bert', expected 'gpt2'"):
         workload_from("gpt2", {"data": ENGLISH, "pretrained": str(folder)})
+
+
+def test_a_head_of_its_own_is_loaded_too(tmp_path: Path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 256, "n_layer": 1, "n_head": 2, "n_embd": 24, "n_positions": 40}
+    with torch.random.fork_rng(devices=[]):
+        original = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False)).eval()
+    (tmp_path / "config.json").write_text(json.dumps(original.config.to_dict()))
+    save_file(original.state_dict(), tmp_path / "model.safetensors")
+    workload = workload_from("gpt2", {"data": ENGLISH, "pretrained": str(tmp_path), "tokens": "bytes"})
+    run = TrainingRun(workload, [SEED])
+    assert run.layout.tied == ()
+    assert all(torch.equal(tensor, original.state_dict()[name]) for name, tensor in run.model.state_dict().items())
 
 
 def test_a_recording_knows_its_text_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
