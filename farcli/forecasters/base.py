@@ -215,6 +215,18 @@ class FittedForecaster(Forecaster):
     def transferable(self) -> bool:
         """Whether nothing it learned is bound to the layout it was fitted on."""
 
+    def half_width(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor | None:
+        """How sure it is: ŵ ± this holds 90 % of a new run's weights.
+
+        Args:
+            prefix: what `forecast` gets.
+            steps_H: steps it forecasts.
+
+        Returns:
+            Half of the interval's width, [B, H, D]; None where it was not calibrated.
+        """
+        return None
+
     def coefficients(self) -> list[dict[str, str | int | float]]:
         """What was learned, as rows to print; empty where there is nothing short to show."""
         return []

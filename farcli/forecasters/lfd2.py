@@ -19,8 +19,10 @@ from farcli.forecasters.base import (
     require_future,
     stored,
 )
+from farcli.forecasters.leave_one_out import LeftOut
 from farcli.forecasters.lfd2_dense import DenseMap, GramSums, RowSums, solve_gram, solve_rows, use_rows
-from farcli.forecasters.lfd2_shared import SharedFit, SharedOptions, SquaredSums, WeightedSums
+from farcli.forecasters.lfd2_guard import Guard
+from farcli.forecasters.lfd2_shared import ResidualSums, SharedFit, SharedOptions, SquaredSums, WeightedSums
 from farcli.layout import Segment
 
 _TILE = 1 << 18
@@ -70,12 +72,21 @@ class Lfd2(SolvedForecaster):
             default="none", metadata={"help": "tensor: coefficients of its own for each tensor"}
         )
         bias: bool = field(default=True, metadata={"help": "whether the map has a constant term"})
-        ridge: float = field(
+        ridge: float | Literal["loo"] = field(
             default=1e-12,
             metadata={
                 "help": "penalty relative to each centred column's sum of squares; the default stands just above "
-                "the rounding of the sums, so that only directions the data leave open feel it"
+                "the rounding of the sums, so that only directions the data leave open feel it; loo: of 1e-5 to 100 "
+                "the one that forecasts training runs best which are left out, for each group and horizon"
             },
+        )
+        guard: bool = field(
+            default=False,
+            metadata={"help": "clip prefixes to 1.3 times the training runs' range, forecasts to theirs ± .75 std"},
+        )
+        intervals: bool = field(
+            default=False,
+            metadata={"help": "90 % intervals, calibrated on training runs left out; takes a second pass"},
         )
         max_passes: int = field(default=50, metadata={"help": "passes over the data at most, for l1"})
         tolerance: float = field(
@@ -83,7 +94,7 @@ class Lfd2(SolvedForecaster):
         )
 
         def __post_init__(self) -> None:
-            for name in ("beta", "ridge", "tolerance"):
+            for name in ("beta", *(["ridge"] if self.ridge != "loo" else []), "tolerance"):
                 if not 0 <= getattr(self, name) < float("inf"):
                     raise ValueError(f"{name} = {getattr(self, name)}, expected a finite number of 0 or more.")
             if self.max_passes < 1:
@@ -91,9 +102,14 @@ class Lfd2(SolvedForecaster):
             if self.map == "dense":
                 given = {"loss": self.loss != "squared", "beta": self.beta != 0}
                 given |= {"scale": self.scale != "none", "groups": self.groups != "none"}
+                given |= {"guard": self.guard, "intervals": self.intervals}
                 for name, differs in given.items():
                     if differs:
                         raise ValueError(f"{name} = {getattr(self, name)} is for map = shared; map is dense.")
+            elif self.loss != "squared" or self.beta:
+                for name, differs in (("ridge", self.ridge == "loo"), ("intervals", self.intervals)):
+                    if differs:
+                        raise ValueError(f"{name} = {getattr(self, name)} is for loss = squared and beta = 0.")
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -101,6 +117,8 @@ class Lfd2(SolvedForecaster):
         self._delta_K3H: Tensor | None = None
         self._dense: DenseMap | None = None
         self._fit: SharedFit | None = None
+        self._guard: Guard | None = None
+        self._width_SH: Tensor | None = None
 
     @property
     def config(self) -> Config:
@@ -136,9 +154,11 @@ class Lfd2(SolvedForecaster):
             scaled=config.scale == "tensor",
             grouped=config.groups == "tensor",
             bias=config.bias,
-            ridge=config.ridge,
+            ridge=None if config.ridge == "loo" else float(config.ridge),
             max_passes=config.max_passes,
             tolerance=config.tolerance,
+            guarded=config.guard,
+            intervals=config.intervals,
         )
 
     def sums(self, problem: Problem) -> Sums:
@@ -152,16 +172,20 @@ class Lfd2(SolvedForecaster):
                 "Add target steps with --to, or leave beta at 0.",
             )
         if self._config.map == "dense":
-            return RowSums(problem) if use_rows(problem) else GramSums(problem)
-        return self._fit.sums() if self._fit else SquaredSums(problem, absolute=self._options.l1)
+            by_rows = use_rows(problem, required=self._config.ridge == "loo")
+            return RowSums(problem) if by_rows else GramSums(problem)
+        if self._fit:
+            return self._fit.sums()
+        return SquaredSums(problem, absolute=self._options.l1, ranges=self._options.guarded)
 
     def solved(self, problem: Problem, sums: Any) -> Self:
         """The forecaster that the sums determine."""
         fitted = type(self)(self._config)
         fitted._problem = problem
-        ridge, bias = self._config.ridge, self._config.bias
+        ridge, bias = self._options.ridge, self._config.bias
         match sums:
             case GramSums():
+                assert ridge is not None
                 fitted._dense = solve_gram(sums, problem, ridge=ridge, bias=bias)
             case RowSums():
                 fitted._dense = solve_rows(sums, problem, ridge=ridge, bias=bias)
@@ -170,20 +194,31 @@ class Lfd2(SolvedForecaster):
             case WeightedSums():
                 assert self._fit is not None
                 fitted._fit = self._fit.reweighted(sums)
+            case ResidualSums():
+                assert self._fit is not None
+                fitted._fit = self._fit.calibrated(sums)
             case _:
                 raise AssertionError(f"not sums of lfd2: {type(sums).__name__}")
-        fitted._delta_K3H = fitted._fit.delta_K3H if fitted._fit else None
+        if fitted._fit:
+            fitted._delta_K3H, fitted._width_SH = fitted._fit.delta_K3H, fitted._fit.width_SH
+            if fitted._fit.ranges is not None:
+                fitted._guard = Guard.of(fitted._fit.ranges, pooled=self.transferable)
         return fitted
 
     @property
     def unsettled(self) -> bool:
-        """Whether another pass would lower the L1 loss."""
+        """Whether another pass would lower the L1 loss, or calibrate intervals."""
         return self._fit is not None and self._fit.unsettled
 
     @property
     def update_growth(self) -> float | None:
         """L_grad of the shared map just fitted, over the training runs; None where it was not computed."""
         return self._fit.growth() if self._fit else None
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What the shared map just fitted says of training runs left out; None where that was not asked for."""
+        return self._fit.left if self._fit else None
 
     def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """Apply the map: [B, H, D]."""
@@ -207,9 +242,23 @@ class Lfd2(SolvedForecaster):
             constant_H1 = map_3H[2, :, None].to(last_BD.dtype).to(last_BD.device)
             for start in range(part.start, part.stop, width):
                 columns = slice(start, min(start + width, part.stop))
+                first_BN, last_BN, out_BHN = first_BD[:, columns], last_BD[:, columns], forecast_BHD[..., columns]
+                if self._guard is not None:
+                    first_BN, last_BN = self._guard.features(part.slot, first_BN, last_BN)
                 apply = _apply_on_cpu if last_BD.device.type == "cpu" else _apply
-                apply(linear_H2, constant_H1, first_BD[:, columns], last_BD[:, columns], forecast_BHD[..., columns])
+                apply(linear_H2, constant_H1, first_BN, last_BN, out_BHN)
+                if self._guard is not None:
+                    self._guard.forecasts(part.slot, rows_H, out_BHN)
         return forecast_BHD
+
+    def half_width(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor | None:
+        """Half of the 90 % interval, the same for all coordinates of a tensor; None on another network."""
+        problem = require_fitted("lfd2", self._problem)
+        if self._width_SH is None or prefix.layout != problem.layout:
+            return None
+        width_HS = self._width_SH[:, _rows(problem, prefix.steps_C, steps_H)].T.to(prefix.weights_BCD.dtype)
+        parts = [width_HS[:, part.slot, None].expand(-1, part.stop - part.start) for part in prefix.segments]
+        return torch.cat(parts, dim=-1).to(prefix.weights_BCD.device).expand(len(prefix.runs_B), -1, -1)
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
         """Per horizon (and tensor, where they differ): a, b, c, beside the straight line's −j/n and 1 + j/n."""
@@ -241,7 +290,10 @@ class Lfd2(SolvedForecaster):
         """Coefficients of w_0, w_n − w_0 and 1 in ŵ_h − w_n, float64 [1 or tensors, 3, H]; or the dense map."""
         if self._dense is not None:
             return self._dense.tensors()
-        return {"delta": require_fitted("lfd2", self._delta_K3H)}
+        found = {"delta": require_fitted("lfd2", self._delta_K3H)}
+        if self._guard is not None:
+            found |= self._guard.tensors()
+        return found if self._width_SH is None else {**found, "width": self._width_SH}
 
     @classmethod
     def restore(cls, config: Config, problem: Problem, tensors: Mapping[str, Tensor]) -> Self:
@@ -252,7 +304,12 @@ class Lfd2(SolvedForecaster):
             fitted._dense = DenseMap.restore(problem, tensors)
         else:
             groups = 1 if fitted.transferable else len(problem.layout.floats)
-            fitted._delta_K3H = stored("lfd2", tensors, "delta", (groups, 3, len(problem.steps_H)))
+            horizons = len(problem.steps_H)
+            fitted._delta_K3H = stored("lfd2", tensors, "delta", (groups, 3, horizons))
+            if config.guard:
+                fitted._guard = Guard.restore(groups, horizons, tensors)
+            if config.intervals:
+                fitted._width_SH = stored("lfd2", tensors, "width", (len(problem.layout.floats), horizons))
         return fitted
 
 

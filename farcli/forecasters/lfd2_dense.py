@@ -19,10 +19,11 @@ from farcli.config import format_size
 from farcli.errors import ResourceError
 from farcli.forecasters.base import Prefix, Problem, Sums, stored
 from farcli.forecasters.least_squares import inverse_spectrum, normal_equations, unit_scale
+from farcli.forecasters.leave_one_out import PENALTIES, require_runs
 
 
-def use_rows(problem: Problem) -> bool:
-    """Whether the rows of all runs are smaller than the Gram matrix.
+def use_rows(problem: Problem, *, required: bool = False) -> bool:
+    """Whether the rows of all runs are smaller than the Gram matrix, or `required`.
 
     Raises:
         ResourceError: neither fits `problem.memory`; names the largest D that does.
@@ -31,14 +32,15 @@ def use_rows(problem: Problem) -> bool:
     # Twice: while it is solved, the data and the solution of the same size are both held.
     rows_each = 2 * 8 * problem.runs * (2 + horizons)
     rows, gram = rows_each * size, 2 * 8 * (2 * size + 1) * ((2 * size + 1) + horizons * size)
-    if (need := min(rows, gram)) > problem.memory:
-        largest = max(problem.memory // rows_each, isqrt(problem.memory // (16 * (4 + 2 * horizons))))
+    if (need := rows if required else min(rows, gram)) > problem.memory:
+        by_gram = 0 if required else isqrt(problem.memory // (16 * (4 + 2 * horizons)))
+        largest = max(problem.memory // rows_each, by_gram)
         raise ResourceError(
             f"lfd2: a dense map for D = {size} parameters, {horizons} target steps and {problem.runs} runs needs "
             f"{format_size(need)}, but the budget is {format_size(problem.memory)}, which allows D = {largest}.",
             "Raise --memory, forecast fewer steps with --to, or use the shared map (--set map=shared).",
         )
-    return rows <= gram
+    return required or rows <= gram
 
 
 def _columns(prefix: Prefix, size: int) -> tuple[Tensor, Tensor]:
@@ -164,8 +166,11 @@ def solve_gram(sums: GramSums, problem: Problem, *, ridge: float, bias: bool) ->
     return DenseMap(inner_XV=solution_PY[:size].contiguous(), outer_RY=None, intercept_Y=intercept_Y.contiguous())
 
 
-def solve_rows(sums: RowSums, problem: Problem, *, ridge: float, bias: bool) -> DenseMap:
-    """The dual solution: xᵀ·S²·Xᵀ(X·S²·Xᵀ + ridge)⁻¹Y with centred X, Y and S = 1/length of X's columns."""
+def solve_rows(sums: RowSums, problem: Problem, *, ridge: float | None, bias: bool) -> DenseMap:
+    """The dual solution: xᵀ·S²·Xᵀ(X·S²·Xᵀ + ridge)⁻¹Y with centred X, Y and S = 1/length of X's columns.
+
+    Without a ridge, that of `PENALTIES` with the least exact leave-one-run-out error.
+    """
     assert sums.seen == problem.runs, "every run comes once"
     basis_RX, targets_RY = sums.basis_RX, sums.targets_RY
     mean_X = basis_RX.mean(0) if bias else torch.zeros_like(basis_RX[0])
@@ -175,6 +180,26 @@ def solve_rows(sums: RowSums, problem: Problem, *, ridge: float, bias: bool) -> 
     scale_X = unit_scale(unit_RX.square().sum(0), raw_X)
     unit_RX *= scale_X
     values_R, vectors_RR = torch.linalg.eigh(unit_RX @ unit_RX.T)
+    if ridge is None:
+        ridge = _least_left_out(values_R, vectors_RR, targets_RY - mean_Y, bias=bias)
     outer_RY = (vectors_RR * inverse_spectrum(values_R, ridge)) @ (vectors_RR.T @ (targets_RY - mean_Y))
     inner_XR = (unit_RX * scale_X).T.contiguous()
     return DenseMap(inner_XV=inner_XR, outer_RY=outer_RY, intercept_Y=mean_Y - (mean_X @ inner_XR) @ outer_RY)
+
+
+def _least_left_out(values_R: Tensor, vectors_RR: Tensor, centred_RY: Tensor, *, bias: bool) -> float:
+    """The penalty with the least leave-one-out error, r / (1 − h) with h the diagonal of the hat matrix.
+
+    The columns keep their lengths when a run is left out; else it is exact.
+    """
+    runs = len(values_R)
+    require_runs("lfd2", runs)
+    along_RY = vectors_RR.T @ centred_RY
+
+    def error(penalty: float) -> float:
+        shrink_R = values_R * inverse_spectrum(values_R, penalty)
+        leverage_R = vectors_RR.square() @ shrink_R + (1 / runs if bias else 0)
+        residual_RY = centred_RY - vectors_RR @ (shrink_R[:, None] * along_RY)
+        return float((residual_RY / (1 - leverage_R).clamp(min=1e-12)[:, None]).square().sum())
+
+    return min(PENALTIES, key=error)

@@ -21,7 +21,10 @@ from farcli.config import format_size
 from farcli.errors import ResourceError
 from farcli.forecasters.acceleration import Acceleration
 from farcli.forecasters.base import Prefix, Problem, Sums
+from farcli.forecasters.intervals import Counts
 from farcli.forecasters.least_squares import normal_equations, penalised
+from farcli.forecasters.leave_one_out import PENALTIES, LeftOut, squared_errors
+from farcli.forecasters.lfd2_guard import RangeSums
 from farcli.forecasters.update_growth import decaying, update_growth
 from farcli.layout import Segment
 
@@ -51,9 +54,12 @@ class SharedOptions:
     scaled: bool
     grouped: bool
     bias: bool
-    ridge: float
+    ridge: float | None
+    """None: chosen by leaving each run out."""
     max_passes: int
     tolerance: float
+    guarded: bool
+    intervals: bool
 
     @property
     def bound(self) -> bool:
@@ -65,7 +71,7 @@ class SharedOptions:
 class SquaredSums(Sums):
     """Per run and tensor: Gram matrix of the basis, its products with the displacements, and their squares."""
 
-    def __init__(self, problem: Problem, absolute: bool) -> None:
+    def __init__(self, problem: Problem, absolute: bool, *, ranges: bool = False) -> None:
         runs, tensors, horizons = problem.runs, len(problem.layout.floats), len(problem.steps_H)
         per_run = 8 * tensors * (3 * (3 + horizons) + horizons)
         if runs * per_run > problem.memory:
@@ -83,10 +89,14 @@ class SquaredSums(Sums):
         """‖y − w_n‖²."""
         self.absolutes_SH = torch.zeros(tensors, horizons, dtype=torch.float64)
         """‖y − w_n‖₁; only where the loss needs it."""
+        self.ranges = RangeSums(problem) if ranges else None
+        """Only where forecasts are guarded."""
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
         prefix, truth_BHD = _computable(prefix, truth_BHD)
+        if self.ranges is not None:
+            self.ranges.add(prefix, truth_BHD)
         device = truth_BHD.device
         self._move(device)
         horizons = truth_BHD.shape[1]
@@ -159,6 +169,8 @@ class SquaredSums(Sums):
         self.products_RSPQ += other.products_RSPQ.to(device)
         self.squares_RSH += other.squares_RSH.to(device)
         self.absolutes_SH += other.absolutes_SH.to(device)
+        if self.ranges is not None:
+            self.ranges.merge(other.ranges)
 
     @property
     def finite(self) -> bool:
@@ -215,6 +227,35 @@ class WeightedSums(Sums):
     def finite(self) -> bool:
         """Whether every sum is finite."""
         return bool((self.gram_SHF.sum() + self.cross_SHP.sum() + self.absolutes_SH.sum()).isfinite())
+
+
+@final
+class ResidualSums(Sums):
+    """Per tensor and horizon: how large the errors on runs left out are, in units of a scale."""
+
+    def __init__(self, problem: Problem, without_RK3H: Tensor, scale_SH: Tensor) -> None:
+        tensors, horizons = len(problem.layout.floats), len(problem.steps_H)
+        self._coordinates = problem.coordinates
+        self._without_RSH3 = without_RK3H.expand(-1, tensors, -1, -1).mT
+        self._scale_SH = scale_SH
+        self.counts = Counts(tensors, horizons)
+
+    def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
+        """Take one block in."""
+        prefix, truth_BHD = _computable(prefix, truth_BHD)
+        for tile in tiles(prefix, truth_BHD, self._coordinates, 3 + 3 * truth_BHD.shape[1]):
+            maps_BH3 = self._without_RSH3[list(tile.runs_B), tile.slot].to(truth_BHD.device)
+            residuals_BHN = tile.columns_BQN[:, 3:] - maps_BH3 @ tile.columns_BQN[:, :3]
+            self.counts.add(tile.slot, residuals_BHN / self._scale_SH[tile.slot, :, None].to(truth_BHD.device))
+
+    def merge(self, other: Any) -> None:
+        """Add another part's counts."""
+        self.counts.merge(other.counts)
+
+    @property
+    def finite(self) -> bool:
+        """True: the pass before has seen to it."""
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +324,9 @@ class SharedFit:
 
     Attributes:
         delta_K3H: coefficients of w_0, w_n − w_0 and 1 in ŵ_h − w_n, in the weights' units.
+        left: the runs left out, where the penalty is chosen on them or intervals are wanted; errors in scaled units.
+        ranges: of the training runs, where forecasts are guarded.
+        width_SH: half-widths of 90 % intervals, where they are wanted, after the pass that calibrates them.
         objective: L where the loss is L1, of the best map whose residuals a pass has seen.
         unsettled: whether another pass would improve the solution.
     """
@@ -299,8 +343,9 @@ class SharedFit:
         self._unit_S3 = torch.stack([1 / self._scale_S, 1 / self._scale_S, torch.ones_like(self._scale_S)], dim=-1)
         scaled_RSPQ = products_RSPQ * self._unit_S3[..., None]
         self._basis = 3 if options.bias else 2
-        cross_SPH = (scaled_RSPQ[..., : self._basis, 3:] / self._scale_S[:, None, None]).sum(0)
+        cross_RSPH = scaled_RSPQ[..., : self._basis, 3:] / self._scale_S[:, None, None]
         grams_RSPP = (scaled_RSPQ[..., :3] * self._unit_S3[:, None])[..., : self._basis, : self._basis]
+        cross_SPH = cross_RSPH.sum(0)
         squares = float((self._squares_RSH / self._scale_S[:, None] ** 2).sum())
         self._absolutes = float((sums.absolutes_SH.cpu() / self._scale_S[:, None]).sum())
         floor_H = (sums.absolutes_SH.cpu() / self._scale_S[:, None]).sum(0) * (_L1_FLOOR / count)
@@ -316,17 +361,46 @@ class SharedFit:
         self.objective = float("nan")
         self.unsettled = options.l1 and self._absolutes > 0 and options.max_passes > 1
 
+        self.ranges, self.width_SH = sums.ranges, None
+        self.left: LeftOut | None = None
         gram_KPP, cross_KPH = self._grouped(grams_RSPP.sum(0), 0), self._grouped(cross_SPH, 0)
-        self._theta_KPH = self._solved(gram_KPP, cross_KPH)
+        squares_RSH = self._squares_RSH / self._scale_S[:, None] ** 2
+        if options.ridge is None or options.intervals:
+            self.left = self._left_out(*(self._grouped(part, 1) for part in (grams_RSPP, cross_RSPH, squares_RSH)))
+            self._theta_KPH = self.left.theta_KPH
+            self.unsettled = options.intervals
+            without_RSPH = self.left.without_RKPH.expand(-1, len(self._scale_S), -1, -1)
+            errors_RSH = squared_errors(without_RSPH, grams_RSPP, cross_RSPH, squares_RSH)
+            count_S1 = products_RSPQ[..., 2, 2].sum(0)[:, None]
+            self._error_SH = (errors_RSH.sum(0) / count_S1.clamp(min=1)).sqrt() * self._scale_S[:, None]
+        else:
+            self._theta_KPH = self._solved(gram_KPP, cross_KPH)
         if options.beta and squares:
             gram_KHPP = self._penalised(gram_KPP)[:, None].expand(-1, horizons, -1, -1) / squares
             self._theta_KPH = self._decaying(self._theta_KPH, self._theta_KPH, gram_KHPP)
-        pooled_1PH = self._solved(grams_RSPP.sum((0, 1))[None], cross_SPH.sum(0)[None])
+        if options.ridge is None:
+            pooled = (part.sum(1, keepdim=True) for part in (grams_RSPP, cross_RSPH, squares_RSH))
+            pooled_1PH = self._left_out(*pooled).theta_KPH if options.bound else self._theta_KPH
+        else:
+            pooled_1PH = self._solved(grams_RSPP.sum((0, 1))[None], cross_SPH.sum(0)[None])
         self.delta_K3H = self._in_weights(self._theta_KPH, pooled_1PH)
 
-    def sums(self) -> WeightedSums:
-        """Empty sums for one more pass, reweighted by the present residuals."""
+    def sums(self) -> WeightedSums | ResidualSums:
+        """Empty sums for one more pass: reweighted by the present residuals, or of the errors on runs left out."""
+        if self.left is not None:
+            without_RKPH = self.left.without_RKPH
+            none_1PH = torch.zeros_like(without_RKPH[0, :1])  # of tensors that are not fitted nothing is counted
+            without_RK3H = torch.stack([self._in_weights(theta_KPH, none_1PH) for theta_KPH in without_RKPH])
+            scale_SH = torch.where(self._error_SH > 0, self._error_SH, 1.0)
+            return ResidualSums(self._problem, without_RK3H, scale_SH)
         return WeightedSums(self._problem, self.delta_K3H, self._scale_S, self._floor_H)
+
+    def calibrated(self, sums: ResidualSums) -> "SharedFit":
+        """The same fit, with intervals."""
+        fit = copy(self)
+        fit.unsettled = False
+        fit.width_SH = sums.counts.quantile() * self._error_SH
+        return fit
 
     def reweighted(self, sums: WeightedSums) -> "SharedFit":
         """The fit after one more pass: Σ r²/(2|r₀|) + |r₀|/2, which bounds Σ |r| from above, is minimised.
@@ -387,10 +461,16 @@ class SharedFit:
     def _grouped(self, values: Tensor, axis: int) -> Tensor:
         return values if self._options.grouped else values.sum(axis, keepdim=True)
 
+    def _left_out(self, grams_RKPP: Tensor, cross_RKPH: Tensor, squares_RKH: Tensor) -> LeftOut:
+        penalties = PENALTIES if self._options.ridge is None else (self._options.ridge,)
+        return LeftOut.solve(grams_RKPP, cross_RKPH, squares_RKH, bias=self._options.bias, penalties=penalties)
+
     def _solved(self, gram_PP: Tensor, cross_PM: Tensor) -> Tensor:
+        assert self._options.ridge is not None
         return normal_equations(gram_PP, cross_PM, ridge=self._options.ridge, bias=self._options.bias)
 
     def _penalised(self, gram_PP: Tensor) -> Tensor:
+        assert self._options.ridge is not None
         return penalised(gram_PP, ridge=self._options.ridge, bias=self._options.bias)
 
     def _decaying(self, theta_KPH: Tensor, start_KPH: Tensor, gram_KHPP: Tensor) -> Tensor:
