@@ -17,7 +17,7 @@ machine and long sentences hit both alike. A recorded block begins with a snapsh
   interval; on CUDA `extra_device_bytes` beside it.
 - `snapshot_disk_bytes`: of the store, by snapshot.
 
-Rows go to `scripts/results/record.ndjson`, a table to `record.md`. Where data are missing it says which.
+Rows go to `scripts/results/record.ndjson`, a table to `record.md` (on CUDA `record-cuda`).
 """
 
 import argparse
@@ -259,7 +259,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="more pairs and more intervals")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where the stores go, for as long as it takes")
-    parser.add_argument("--name", default="record", help="name of the files in scripts/results")
+    parser.add_argument("--results", type=Path, default=ROOT / "scripts/results", help="folder for the rows")
+    parser.add_argument("--name", help="of the files there; record, or record-cuda")
     given = parser.parse_args()
     cuda = given.device.startswith("cuda")
     name = given.workload or ("gpt2" if cuda else "distilbert")
@@ -282,9 +283,9 @@ def main() -> None:
                 print(json.dumps(rows[-1]), flush=True)
     except FarcliError as error:
         sys.exit(f"bench_record: error: {error}" + (f"\n  {error.hint}" if error.hint else ""))
-    results = ROOT / "scripts/results"
-    (results / f"{given.name}.ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (results / f"{given.name}.md").write_text(markdown(rows), encoding="utf-8")
+    file = given.results / (given.name or ("record-cuda" if cuda else "record"))
+    file.with_suffix(".ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file.with_suffix(".md").write_text(markdown(rows), encoding="utf-8")
     print(markdown(rows), file=sys.stderr)
 
 
