@@ -77,12 +77,12 @@ def test_padding_stays_zero_and_changes_nothing(rule: str):
 def test_first_weights_are_those_of_torch(init: str):
     """Each tensor's spread over many runs, against torch's own initialisers."""
     config = MlpConfig(init=init)  # pyright: ignore[reportArgumentType]
-    found = TrainingRun(Mlp(config), [run_seed(1, run) for run in range(1500)])
+    found = TrainingRun(Mlp(config), [run_seed(1, run) for run in range(800)])
     torch.manual_seed(0)
     for slot in found.layout.slots:
         values = found.vectors()[:, slot.offset : slot.stop].reshape(-1)
         shape = config.shapes[slot.name]
-        layers = [nn.Linear(config.shapes[f"{slot.name[0]}.weight"][1], shape[0]) for _ in range(1500)]
+        layers = [nn.Linear(config.shapes[f"{slot.name[0]}.weight"][1], shape[0]) for _ in range(800)]
         own = [getattr(layer, slot.name[2:]).detach() for layer in layers]
         if init != "torch" and len(shape) == 1:
             assert not values.any()
@@ -92,10 +92,13 @@ def test_first_weights_are_those_of_torch(init: str):
                 init, nn.init.xavier_uniform_
             )
             own = [draw(tensor) for tensor in own]
-        expected = torch.stack(own).reshape(-1)
-        for share in (0.01, 0.25, 0.75, 0.99):
-            wanted = float(expected.quantile(share))
-            assert float(np.quantile(values, share)) == pytest.approx(wanted, abs=0.35 * float(expected.std()))
+        expected = torch.stack(own).reshape(-1).numpy()
+        assert values.std() == pytest.approx(expected.std(), rel=0.12)
+        assert abs(values.mean()) < 0.15 * expected.std()
+        tails = [
+            np.abs(part).max() / part.std() for part in (values, expected)
+        ]  # √3 of a uniform one, 3 or more of others
+        assert (tails[0] < 1.9) == (tails[1] < 1.9)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -124,21 +127,28 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_forecaster_of_whole_vectors_serves_both_padded(both: Path):
-    fit("gfm", [both / "three-padded.zarr"], both / "gfm.safetensors", context=5, targets="40", options={"epochs": "5"})
-    forecast(str(both / "gfm.safetensors"), both / "two-padded.zarr", both / "gfm.zarr")
+    fit(
+        "gfm",
+        [str(both / "three-padded.zarr")],
+        both / "gfm.safetensors",
+        context=5,
+        targets="40",
+        options={"epochs": "5"},
+    )
+    forecast(str(both / "gfm.safetensors"), str(both / "two-padded.zarr"), both / "gfm.zarr")
     made, truth = Trajectory.open(both / "gfm.zarr"), Trajectory.open(both / "two-padded.zarr")
     assert made.layout == truth.layout == Trajectory.open(both / "three-padded.zarr").layout
-    rows = [row for row in evaluate([str(both / "gfm.zarr")], both / "two-padded.zarr") if row["tensor"] is None]
+    rows = [row for row in evaluate([str(both / "gfm.zarr")], str(both / "two-padded.zarr")) if row["tensor"] is None]
     assert {"gfm", "persistence", "linear"} <= {row["method"] for row in rows}
     assert all(np.isfinite(row["mse"]) and not row["in_sample"] for row in rows if row["method"] == "gfm")
 
 
 def test_a_shared_map_transfers_when_told_to(both: Path):
-    fit("lfd2", [both / "three.zarr"], both / "lfd2.safetensors", context=5, targets="40")
+    fit("lfd2", [str(both / "three.zarr")], both / "lfd2.safetensors", context=5, targets="40")
     with pytest.raises(UsageError, match="other tensors") as caught:
-        forecast(str(both / "lfd2.safetensors"), both / "two.zarr", both / "lfd2.zarr")
+        forecast(str(both / "lfd2.safetensors"), str(both / "two.zarr"), both / "lfd2.zarr")
     assert "--transfer" in str(caught.value.hint)
-    forecast(str(both / "lfd2.safetensors"), both / "two.zarr", both / "lfd2.zarr", transfer=True)
+    forecast(str(both / "lfd2.safetensors"), str(both / "two.zarr"), both / "lfd2.zarr", transfer=True)
     truth, made = Trajectory.open(both / "two.zarr"), Trajectory.open(both / "lfd2.zarr")
     error = made.read(made.runs, [40])[:, 0] - truth.read(truth.runs, [40])[:, 0]
     kept = truth.read(truth.runs, [4])[:, 0] - truth.read(truth.runs, [40])[:, 0]

@@ -82,7 +82,7 @@ def test_random_cells_differ_between_runs_but_not_in_shape():
 
 @pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"])
 def test_every_optimiser_trains_with_its_default_rate(rule: str):
-    workload = workload_from("nas-cnn", DIGITS | {"optimizer": rule, "stride": "1"})
+    workload = workload_from("nas-cnn", DIGITS | {"optimizer": rule, "stride": "1", "width": "8"})
     run = TrainingRun(workload, [SEED])
     run.advance(150)
     assert workload.evaluate(run.model, SEED)["loss"] < 0.75 * workload.chance()["loss"]
