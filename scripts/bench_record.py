@@ -272,8 +272,8 @@ def main() -> None:
         training = Training(name, options, torch.device(given.device))
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             for every in intervals:
-                steps = every * max(1, round((given.steps or (100 if cuda else 10)) / every))
-                pairs = given.pairs or (30 if given.full else 12)
+                steps = every * max(1, round((given.steps or (50 if cuda else 10)) / every))
+                pairs = given.pairs or (30 if given.full else 8 if cuda else 12)
                 with threads(training.workload.threads):
                     row = measure(training, every, pairs, steps, Path(folder))
                 if rows:  # a process has one peak
