@@ -127,7 +127,9 @@ def build_optimizer(options: TrainingOptions, parameters: Iterable[nn.Parameter]
     """
     assert options.lr is not None, "resolve the options first"
     common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
-    fast = {"fused": True} if fused else {}
+    if options.optimizer in ("sgd", "momentum") and options.dtype == "bfloat16":
+        fused = False  # pytorch #191763: up to 2.13 it leaves bfloat16 weights as they are on a CPU
+    fast: dict[str, Any] = {"fused": True} if fused else {}
     match options.optimizer:
         case "sgd":
             return SGD(parameters, **common, **fast)

@@ -6,7 +6,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 
 from farcli.errors import UsageError
 from farcli.training import TrainingRun, run_seed, workload_from
-from farcli.workloads.optimisation import TrainingOptions, build_optimizer, rate_multiple
+from farcli.workloads.optimisation import TrainingOptions, build_optimizer, dtype_of, rate_multiple
 from farcli.workloads.randomness import shuffled
 
 
@@ -91,6 +91,25 @@ def test_every_rule_takes_rate_and_decay(rule: str, fused: bool):
     (group,) = optimizer.param_groups
     assert type(optimizer).__name__.lower() == {"momentum": "sgd"}.get(rule, rule)
     assert (group["lr"], group["weight_decay"], group.get("momentum", 0)) == (0.5, 0.25, 0.9 * (rule == "momentum"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("rule", ["sgd", "momentum", "adam", "adamw", "rmsprop", "adagrad"])
+def test_fused_updates_are_those_of_the_rule(rule: str, dtype: str):
+    """Long enough for the vectorised part of the kernels, whose rounding may differ in the last places."""
+    options = TrainingOptions(optimizer=rule, lr=0.125, weight_decay=0.0, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    start = torch.randn(67, generator=torch.Generator().manual_seed(0)).to(dtype_of(options))
+    found = []
+    for fused in (False, True):
+        parameter = nn.Parameter(start.clone())
+        optimizer = build_optimizer(options, [parameter], fused=fused)
+        for step in range(3):
+            parameter.grad = torch.randn(67, generator=torch.Generator().manual_seed(step)).to(parameter.dtype)
+            optimizer.step()
+        found.append(parameter.detach())
+    tolerance = {"float32": 1e-6, "float64": 1e-14, "bfloat16": 0.02}[dtype]
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
+    assert float((found[1] - start).abs().float().median()) > 0.05
 
 
 @pytest.mark.parametrize("start", [0, 1, 4, 5, 13])
