@@ -11,7 +11,8 @@ import farcli
 from farcli.errors import CheckFailedError, UsageError
 from farcli.store import Trajectory
 from farcli.training import Network, workload_of
-from farcli.verbs.evaluate import CHANCE, TRUE, YARDSTICKS, check, parse_limits
+from farcli.verbs.evaluate import YARDSTICKS, check, parse_limits, split_inputs
+from farcli.verbs.weighed import CHANCE, TRUE
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,71 @@ def constant_loss(state):
     assert state["0.weight"].shape == (8, 1, 3, 3)
     assert state["1.num_batches_tracked"].dtype == torch.int64
     return float(state["9.bias"].abs().sum())
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """Two recordings of two runs, and one of the same four seeds' worth, made from them."""
+    folder = tmp_path_factory.mktemp("several")
+    for seed in (1, 2, 3):
+        farcli.record("linreg", folder / f"{seed}.zarr", runs=3, steps=12, every=2, seed=seed)
+    farcli.fit("lfd2", [str(folder / "1.zarr")], folder / "lfd2.safetensors", context=3)
+    return folder
+
+
+def test_several_stores_are_weighed_as_one(several):
+    names = [str(several / f"{seed}.zarr") for seed in (2, 3)]
+    given = {"targets": "6,12", "start": 4}
+    together = farcli.evaluate(["dmd", str(several / "lfd2.safetensors")], names, context=3, **given)
+    apart = [farcli.evaluate(["dmd", str(several / "lfd2.safetensors")], name, context=3, **given) for name in names]
+    assert together[0]["runs"] == 6
+    assert together[0]["stores"] == 2
+    for step in (6, 12):
+        for method in ("dmd", "lfd2", "persistence", "mean"):
+            row, parts = pick(together, method, step), [pick(rows, method, step) for rows in apart]
+            for key in ("mse", "loss", "better", "gain"):
+                assert row[key] == pytest.approx(np.mean([part[key] for part in parts]), rel=1e-9)
+        placed = [row for row in together if row["step"] == step and row["rank"] is not None]
+        assert [row["rank"] for row in sorted(placed, key=lambda row: row["loss"])] == list(range(1, len(placed) + 1))
+        first = next(row for row in placed if row["rank"] == 1)
+        for row in placed:
+            assert row["behind"] == pytest.approx(row["loss"] - first["loss"], abs=1e-12)
+            assert row["behind_low"] <= row["behind"] <= row["behind_high"]
+            assert row["gain_low"] <= row["gain"] <= row["gain_high"]
+
+
+def test_a_store_that_trained_a_forecaster_is_left_out_of_several(several):
+    said = []
+    names = [str(several / f"{seed}.zarr") for seed in (1, 2)]
+    rows = farcli.evaluate([str(several / "lfd2.safetensors")], names, warn=said.append)
+    assert (rows[0]["runs"], rows[0]["stores"]) == (3, 1)
+    assert not any(row["in_sample"] for row in rows)
+    assert any("1.zarr: trained a forecaster and is left out" in text for text in said)
+    assert not any("in_sample" in text for text in said)
+    rows = farcli.evaluate([str(several / "lfd2.safetensors")], names, runs="all", warn=said.append)
+    assert rows[0]["runs"] == 6
+    assert rows[0]["in_sample"]
+
+
+def test_stores_that_do_not_go_together_are_refused(several, small, tmp_path):
+    one = str(several / "1.zarr")
+    with pytest.raises(UsageError, match="is named twice"):
+        farcli.evaluate(["linear"], [one, one], start=4)
+    with pytest.raises(UsageError, match="holds another network"):
+        farcli.evaluate(["linear"], [one, str(small / "digits.zarr")], start=4)
+    farcli.record("linreg", tmp_path / "other.zarr", runs=2, steps=12, every=3, seed=9)
+    with pytest.raises(UsageError, match=r"other.zarr: has no snapshot of step \d+, as .*1.zarr has"):
+        farcli.evaluate(["linear"], [one, str(tmp_path / "other.zarr")], start=6, context=2)
+
+
+def test_recordings_at_the_end_are_the_truth(several, small):
+    one, two = str(several / "1.zarr"), str(several / "2.zarr")
+    forecast = str(small / "forecast.zarr")
+    assert split_inputs([forecast, "linear", one, two]) == ([forecast, "linear"], [one, two])
+    assert split_inputs(["linear", "missing.zarr"]) == (["linear"], ["missing.zarr"])
+    assert split_inputs([forecast, forecast]) == ([forecast], [forecast])
+    with pytest.raises(UsageError, match="expected forecasts and"):
+        split_inputs([one, two])
 
 
 def test_a_loss_of_the_users_own(small):

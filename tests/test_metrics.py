@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farcli.layout import layout_of
-from farcli.metrics import DisplacementSums, LossCurve, monotone
+from farcli.metrics import DisplacementSums, LossCurve, bootstrap_interval, monotone
 
 LAYOUT = layout_of([("a", (3,), "float32", "parameter"), ("b", (2, 2), "float32", "parameter")])
 
@@ -45,6 +45,26 @@ def test_blocks_add_up(cut, split):
             parts.add(rows, LAYOUT.segments(start, stop), *view)
     np.testing.assert_allclose(parts.error_BHS, whole.error_BHS, rtol=1e-12)
     np.testing.assert_allclose(parts.product_BHS, whole.product_BHS, rtol=1e-12)
+
+
+def test_the_bootstrap_of_a_mean_is_its_normal_interval_for_many_runs():
+    values = np.random.default_rng(3).exponential(size=400)
+    low, high = bootstrap_interval(values)
+    half = 1.96 * values.std() / np.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - half, abs=half / 5)
+    assert high == pytest.approx(values.mean() + half, abs=half / 5)
+    assert bootstrap_interval(values) == (low, high)
+
+
+def test_the_bootstrap_covers_as_often_as_it_says():
+    generator = np.random.default_rng(4)
+    intervals = [bootstrap_interval(generator.normal(size=30)) for _ in range(300)]
+    assert 0.9 <= np.mean([low <= 0 <= high for low, high in intervals]) <= 0.98
+
+
+def test_one_run_or_a_loss_that_is_not_finite_has_no_interval():
+    assert np.isnan(bootstrap_interval([1.0])).all()
+    assert np.isnan(bootstrap_interval([1.0, np.inf])).all()
 
 
 def test_keeping_the_weights_has_no_skill_and_no_direction():

@@ -23,15 +23,16 @@ from farcli.policies import EvalBuffers
 
 COLUMNS = (
     Column(key="when", heading="step"),
+    Column(key="place", heading="#"),
     Column(key="method", heading="method"),
     Column(key="tensor", heading="tensor"),
-    Column(key="mse", heading="mse", form=".2g"),
+    Column(key="mse", heading="mse", form=".2g", spare=2),
     Column(key="skill", heading="skill", form="+.2f"),
-    Column(key="cosine", heading="cos.", form="+.2f"),
+    Column(key="cosine", heading="cos.", form="+.2f", spare=3),
     Column(key="loss", heading="loss", form=".3g"),
-    Column(key="accuracy", heading="acc.", form=".3f"),
+    Column(key="accuracy", heading="acc.", form=".3f", spare=4),
     Column(key="worth", heading="worth"),
-    Column(key="better", heading="better", form=".0%"),
+    Column(key="better", heading="better", form=".0%", spare=1),
 )
 
 _POLICIES = {
@@ -43,8 +44,8 @@ _POLICIES = {
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        metavar="FORECAST|FILE|METHOD... STORE",
-        help="Stored forecasts, fitted files or methods by name, and last the recorded truth.",
+        metavar="FORECAST|FILE|METHOD... STORE...",
+        help="Stored forecasts, fitted files or methods by name, and last the recorded truth, one store or several.",
     ),
 ]
 
@@ -120,18 +121,14 @@ def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, mem
     from farcli.cli.output import say
     from farcli.cli.progress import progress
     from farcli.config import parse_assignments, parse_size
-    from farcli.errors import UsageError
     from farcli.verbs.evaluate import evaluate as run
+    from farcli.verbs.evaluate import split_inputs
 
-    if len(inputs) < 2:
-        raise UsageError(
-            f"{inputs[0]}: expected forecasts and, last, the recorded truth.",
-            hint="farcli eval forecast.zarr runs/digits.zarr",
-        )
+    forecasts, stores = split_inputs(inputs)
     with progress("eval", quiet) as report:
         return run(
-            inputs[:-1],
-            inputs[-1],
+            forecasts,
+            stores,
             options=parse_assignments(settings or []),
             memory=parse_size(memory),
             warn=(lambda text: None) if quiet else say,
@@ -148,7 +145,16 @@ def _shown(row: dict, *, first: bool) -> dict:
     # A forecast a hundred times worse than none needs no decimals, which would only widen the table.
     skill = "<−99" if skill is not None and skill < -99 else skill
     method = f"{row['method']} *" if row["in_sample"] else row["method"]
-    return {**row, "when": when, "method": method, "skill": skill, "worth": worth(row), "_style": style}
+    shown = {"when": when, "place": place(row), "method": method, "skill": skill, "worth": worth(row)}
+    return {**row, **shown, "_style": style}
+
+
+def place(row: dict) -> str | None:
+    """A rank as a table shows it: "3 =" where the difference from the first may be luck."""
+    if row.get("rank") is None:
+        return None
+    apart = row["behind_low"] is not None and row["behind_low"] > 0
+    return f"{row['rank']}" if apart or row["rank"] == 1 else f"{row['rank']} ="
 
 
 def worth(row: dict) -> str | None:
@@ -157,20 +163,29 @@ def worth(row: dict) -> str | None:
     if steps is None:
         return None
     sign = ("≤ " if steps < 0 else "≥ ") if (row.get("bounded") or 0) * 2 > row["runs"] else ""
-    return f"{sign}{steps:+.0f}".replace("-", "−")
+    low, high = row.get("equivalent_steps_low"), row.get("equivalent_steps_high")
+    between = f" [{low:+.0f}, {high:+.0f}]" if low is not None and high is not None and high - low >= 1 else ""
+    return f"{sign}{steps:+.0f}{between}".replace("-", "−")
 
 
 def _title(inputs: list[str], rows: list[dict]) -> str:
     origin = rows[0]["step"] - rows[0]["ahead"]
-    what = inputs[0] if len(inputs) == 2 else f"{len(inputs) - 1} forecasts"
-    return f"{what} against {inputs[-1]}: {rows[0]['runs']} runs, forecast from step {origin}"
+    stores = rows[0]["stores"]
+    named = len({row["method"] for row in rows if row["role"] == "forecast"})
+    what = inputs[0] if named == 1 else f"{named} forecasts"
+    truth = inputs[-1] if stores == 1 else f"{stores} stores"
+    return f"{what} against {truth}: {rows[0]['runs']} runs, forecast from step {origin}"
 
 
 def _notes(rows: list[dict]) -> list[str]:
     notes = [
         "skill: 1 − mse / mse of persistence · worth: training steps of the recorded run that bring the same",
-        "held-out loss, against keeping the last observed weights (median over runs) · better: runs that do better so.",
+        "held-out loss, against keeping the last observed weights (median over runs [95 % interval]) · better: such runs.",
     ]
+    by = next((row["ranked_by"] for row in rows if row.get("rank") is not None), None)
+    if by is not None and rows[0]["runs"] > 1:
+        what = "held-out loss" if by == "loss" else "mse"
+        notes.append(f"#: place by mean {what} · =: not told apart from the first (95 % paired bootstrap over runs).")
     if any(row["in_sample"] for row in rows):
         notes.append("* IN SAMPLE: fitted on runs that it is judged on here; these rows prove nothing.")
     if rows[0]["buffers"] is not None:

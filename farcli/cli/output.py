@@ -15,12 +15,16 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One column of a table: the key of the rows, its heading, how numbers are shown, whether long text wraps."""
+    """One column of a table: the key of the rows, its heading, how numbers are shown, whether long text wraps.
+
+    On a narrow terminal the columns that can be spared are left out, those with the highest number first.
+    """
 
     key: str
     heading: str
     form: str = ""
     wrap: bool = False
+    spare: int = 0
 
 
 def chosen_format(wanted: Format) -> Literal["table", "ndjson", "csv"]:
@@ -105,6 +109,8 @@ def _table(
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
     )
+    console = _console(sys.stdout)
+    columns, left_out = _fitting(rows, columns, console.width)
     for column in columns:
         numeric = any(isinstance(row.get(column.key), int | float) for row in rows)
         table.add_column(column.heading, justify="right" if numeric else "left", no_wrap=not column.wrap)
@@ -113,10 +119,29 @@ def _table(
             table.add_section()
         cells = [Text(_cell(row.get(column.key), column.form)) for column in columns]
         table.add_row(*cells, style=row.get("_style"))
-    console = _console(sys.stdout)
     console.print(table)
+    if left_out:
+        notes = [*notes, f"Left out on a narrow terminal: {', '.join(left_out)} (--format ndjson has all)."]
     for note in notes:
         console.print(Text(note), style="dim", soft_wrap=True)
+
+
+def _fitting(
+    rows: Sequence[Mapping[str, Any]], columns: Sequence[Column], width: int
+) -> tuple[list[Column], list[str]]:
+    """The columns that fit, and the headings of those left out."""
+    widths = {
+        column.key: max(len(column.heading), *(len(_cell(row.get(column.key), column.form)) for row in rows)) + 2
+        for column in columns
+        if rows
+    }
+    kept, left_out = list(columns), []
+    for column in sorted((column for column in columns if column.spare), key=lambda column: -column.spare):
+        if sum(widths.get(each.key, 0) for each in kept if not each.wrap) <= width:
+            break
+        kept.remove(column)
+        left_out.append(column.heading)
+    return kept, left_out
 
 
 def emit_pairs(row: Mapping[str, Any], *, form: Format = "auto", title: str | None = None) -> None:

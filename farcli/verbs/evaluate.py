@@ -13,13 +13,10 @@ import numpy as np
 
 from farcli.artefact import build
 from farcli.config import parse_selection
-from farcli.errors import CheckFailedError, ResourceError, UsageError
+from farcli.errors import CheckFailedError, FarcliError, ResourceError, UsageError
 from farcli.evaluation import (
     Candidate,
-    HeldOut,
-    Measure,
     Report,
-    Results,
     Setting,
     compare,
     held_out,
@@ -38,17 +35,15 @@ from farcli.forecasting import (
     reopen,
     resolve_method,
 )
-from farcli.metrics import DisplacementSums
 from farcli.policies import Buffers, EvalBuffers
 from farcli.store import Trajectory, is_store
 from farcli.stream import Source, Stream, resolve_device
+from farcli.verbs.weighed import Weighed, weighed_rows
 
 YARDSTICKS = ("persistence", "mean", "linear", "quadratic", "lsq-line")
-TRUE, CHANCE = "true future", "chance"
 HORIZONS = 6
 """Horizons shown where nothing says which."""
 
-_LOSS_KEYS = ("loss", "accuracy", "equivalent_steps", "bounded", "net_steps", "better")
 _LIMITED = {
     "--max": ("mse", "loss"),
     "--min": ("skill", "cosine", "accuracy", "equivalent_steps", "net_steps", "better"),
@@ -59,7 +54,7 @@ Warn = Callable[[str], None]
 
 def evaluate(
     forecasts: Sequence[str],
-    store: str,
+    stores: str | Sequence[str],
     *,
     runs: str | None = None,
     targets: str | None = None,
@@ -81,8 +76,9 @@ def evaluate(
 
     Args:
         forecasts: stored forecasts, files that `fit` wrote, or names of methods.
-        store: the recorded truth.
-        runs: runs to evaluate, as typed; those of the stored forecast, else those nobody was fitted on, when None.
+        stores: the recorded truth: one store, or several of the same network, whose runs are taken together.
+        runs: runs to evaluate (of each store), as typed; those of the stored forecast, else those nobody was fitted
+            on, when None.
         targets: steps to evaluate, as typed; a spread of what was forecast when None.
         start: step of the last observed snapshot, for methods and files.
         context: snapshots of the prefix, for methods named.
@@ -103,22 +99,153 @@ def evaluate(
         tensor (None for the whole), mse, skill, cosine (see `DisplacementSums.measures`), loss, accuracy
         (means over runs), equivalent_steps (median over runs of the training steps that the forecast is
         worth, against keeping w_n), bounded (runs in which that is only a bound), net_steps (after paying
-        one held-out evaluation), better (share of runs with a lower loss than w_n's), runs, in_sample.
+        one held-out evaluation), better (share of runs with a lower loss than w_n's), runs, stores, in_sample;
+        of forecasts and yardsticks also ranked_by ("loss", or "mse" without one), rank (1 is best), behind (mean
+        over runs of that measure minus the best one's) and gain (of w_n's minus its own); equivalent_steps,
+        behind and gain come with the ends of their 95 % interval over runs (…_low, …_high; None for one run).
 
     Raises:
         FarcliError: see the exit codes.
     """
-    truth = Trajectory.open(store, partial=partial)
+    paths = [stores] if isinstance(stores, str) else list(stores)
+    truths = [Trajectory.open(path, partial=partial) for path in paths]
+    _check_together(truths)
     repeated = next((text for text in forecasts if list(forecasts).count(text) > 1), None)
     if repeated is not None:
         raise UsageError(f"{repeated}: is named twice.")
-    own = measure_of_function(truth, loss) if loss is not None else None
-    if own is not None and buffers == "reestimate":
+    if loss is not None and buffers == "reestimate":
         raise UsageError("--buffers reestimate needs the training data of a workload; --loss has none.")
     by_name = any(not is_store(text) and not is_file_like(text) for text in forecasts)
     for option, given in (("--set", options), ("--context", context)):
         if given is not None and given != {} and not by_name:
             raise UsageError(f"{option} applies to methods named, and no forecast here is one.")
+    told: set[str] = set()
+
+    def say_once(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            warn(text)
+
+    chosen: list[tuple[list[Candidate], Setting]] = []
+    remarks: dict[int, list[str]] = {}
+    for truth in truths:
+        remarks[id(truth)] = []
+        if chosen:
+            _check_steps(truth, chosen[0][1])
+        chosen.append(
+            _prepare(
+                truth,
+                forecasts,
+                runs=runs,
+                targets=targets if not chosen else ",".join(map(str, chosen[0][1].steps_H)),
+                start=start,
+                context=context,
+                options=options,
+                transfer=transfer,
+                buffers=buffers,
+                memory=memory,
+                device=device,
+                warn=remarks[id(truth)].append,
+                report=report,
+            )
+        )
+    if len(chosen) > 1 and runs is None:
+        unseen = [
+            (named, setting)
+            for named, setting in chosen
+            if not {run for each in named for run in overlap(each.training, setting.truth)} & set(setting.source.runs)
+        ]
+        if 0 < len(unseen) < len(chosen):
+            kept = [setting.truth for _, setting in unseen]
+            left = ", ".join(str(truth.path) for truth in truths if truth not in kept)
+            say_once(f"{left}: trained a forecaster and is left out (--runs all takes it too).")
+            chosen = unseen
+    for _, setting in chosen:
+        for text in remarks[id(setting.truth)]:
+            say_once(text)
+    _check_grids([setting for _, setting in chosen])
+    weighed = [_weigh(named, setting, loss, train_runs, say_once) for named, setting in chosen]
+    return weighed_rows(_in_all(weighed, say_once), per_tensor=per_tensor)
+
+
+def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Forecasts and recordings apart, as typed: the last argument is a recording, and so are those before it.
+
+    Raises:
+        UsageError: nothing is left to be weighed.
+    """
+    first = len(inputs) - 1
+    while first > 0 and _is_recording(inputs[first - 1]):
+        first -= 1
+    if first < 1:
+        raise UsageError(
+            f"{inputs[0]}: expected forecasts and, last, the recorded truth.",
+            hint="farcli eval forecast.zarr runs/digits.zarr",
+        )
+    return list(inputs[:first]), list(inputs[first:])
+
+
+def _is_recording(text: str) -> bool:
+    try:
+        return is_store(text) and Trajectory.open(text, partial=True).kind != "forecast"
+    except FarcliError:
+        return False  # what is wrong with it is said where it is opened
+
+
+def _check_together(truths: Sequence[Trajectory]) -> None:
+    """Refuse stores that cannot be evaluated as one."""
+    first = truths[0]
+    ids = [truth.id for truth in truths]
+    for truth in truths[1:]:
+        if truth.id and ids.count(truth.id) > 1:
+            raise UsageError(f"{truth.path}: is named twice; its runs would count double.")
+        if truth.layout != first.layout:
+            raise UsageError(
+                f"{truth.path}: holds another network (D = {truth.layout.parameters}) than {first.path} "
+                f"(D = {first.layout.parameters}); stores evaluated together must hold the same one."
+            )
+
+
+def _check_steps(truth: Trajectory, first: Setting) -> None:
+    """Refuse a store that lacks a step at which the first one is observed or weighed."""
+    missing = next((step for step in (*first.prefix, *first.steps_H) if step not in truth.steps), None)
+    if missing is not None:
+        raise UsageError(
+            f"{truth.path}: has no snapshot of step {missing}, as {first.truth.path} has; stores evaluated together "
+            "must have the same steps.",
+            hint="Choose steps that all of them have with --to, or evaluate them one by one.",
+        )
+
+
+def _check_grids(settings: Sequence[Setting]) -> None:
+    """Refuse stores whose forecasts would start at, or be weighed at, different steps."""
+    first = settings[0]
+    for setting in settings[1:]:
+        if (setting.prefix, setting.steps_H, setting.policy) != (first.prefix, first.steps_H, first.policy):
+            raise UsageError(
+                f"{setting.truth.path}: is forecast from step {setting.origin} to {_list(setting.steps_H)}, but "
+                f"{first.truth.path} from step {first.origin} to {_list(first.steps_H)}; stores evaluated together "
+                "must have the same steps."
+            )
+
+
+def _prepare(
+    truth: Trajectory,
+    forecasts: Sequence[str],
+    *,
+    runs: str | None,
+    targets: str | None,
+    start: int | None,
+    context: int | None,
+    options: Mapping[str, str] | None,
+    transfer: bool,
+    buffers: EvalBuffers,
+    memory: int,
+    device: str,
+    warn: Warn,
+    report: Report,
+) -> tuple[list[Candidate], Setting]:
+    """What was named, and what it is held against, for one store."""
     named = _distinct(
         [
             _stored(text, truth, start) if is_store(text) else _named(text, truth, start, context, options, transfer)
@@ -140,13 +267,45 @@ def evaluate(
     for candidate in named:
         if candidate.method is not None:
             check_targets(candidate.method, setting.steps_H)
+    return named, setting
+
+
+def _weigh(
+    named: Sequence[Candidate], setting: Setting, loss: str | None, train_runs: str | None, warn: Warn
+) -> Weighed:
     candidates = [*named, *_yardsticks(named, setting, train_runs, warn)]
+    truth = setting.truth
+    measure = measure_of_function(truth, loss) if loss is not None else measure_of_workload(truth, setting.buffers)
     sums = compare(candidates, setting)
-    measure = own or measure_of_workload(truth, buffers)
     if measure is None:
         warn("no held-out loss: the store names no workload. Pass --loss package.module:function.")
     found = held_out(candidates, setting, measure) if measure is not None else None
-    return _rows(candidates, setting, sums, found, measure, per_tensor=per_tensor)
+    return Weighed(candidates=candidates, setting=setting, sums=sums, measure=measure, found=found)
+
+
+def _in_all(weighed: Sequence[Weighed], warn: Warn) -> list[Weighed]:
+    """The stores with those candidates only that could be weighed on each of them."""
+    common = [
+        candidate.label
+        for candidate in weighed[0].candidates
+        if all(candidate.label in [other.label for other in each.candidates] for each in weighed)
+    ]
+    found = []
+    for each in weighed:
+        places = [[candidate.label for candidate in each.candidates].index(label) for label in common]
+        if len(places) < len(each.candidates):
+            gone = [candidate.label for candidate in each.candidates if candidate.label not in common]
+            warn(f"{', '.join(gone)}: left out, as not every store allows it.")
+        forecast = each.found and [each.found.forecast[place] for place in places]
+        found.append(
+            replace(
+                each,
+                candidates=[each.candidates[place] for place in places],
+                sums=[each.sums[place] for place in places],
+                found=replace(each.found, forecast=forecast) if each.found is not None and forecast else None,
+            )
+        )
+    return found
 
 
 def _stored(text: str, truth: Trajectory, start: int | None) -> Candidate:
@@ -365,74 +524,6 @@ def _mean(named: Sequence[Candidate], setting: Setting, train_runs: str | None, 
         training=training,
     )
     return Candidate(label="mean", role="yardstick", method=method, stored=None, training=training)
-
-
-def _rows(
-    candidates: Sequence[Candidate],
-    setting: Setting,
-    sums: Sequence[DisplacementSums],
-    found: HeldOut | None,
-    measure: Measure | None,
-    *,
-    per_tensor: bool,
-) -> list[dict[str, Any]]:
-    layout, source = setting.truth.layout, setting.source
-    parameters = [index for index, slot in enumerate(layout.floats) if slot.role == "parameter"]
-    stated = "reestimate" if setting.buffers == "reestimate" else setting.policy
-    if layout.size == layout.parameters:
-        stated = None  # the network has none
-    in_sample = [bool(set(overlap(candidate.training, setting.truth)) & set(source.runs)) for candidate in candidates]
-    rows: list[dict[str, Any]] = []
-    for h, step in enumerate(setting.steps_H):
-        base = {"step": step, "ahead": step - setting.origin, "runs": len(source.runs), "buffers": stated}
-        for index, candidate in enumerate(candidates):
-            who = {**base, "method": candidate.label, "role": candidate.role, "in_sample": in_sample[index]}
-            losses: dict[str, Any] = dict.fromkeys(_LOSS_KEYS)
-            if found is not None and measure is not None:
-                losses = _losses(found, found.forecast[index], step, setting, measure)
-            rows.append({**who, "tensor": None, **sums[index].measures(parameters, layout.parameters, h), **losses})
-            if per_tensor:
-                rows += [
-                    {
-                        **who,
-                        "tensor": layout.floats[slot].name,
-                        **sums[index].measures([slot], layout.floats[slot].size, h),
-                        **dict.fromkeys(_LOSS_KEYS),
-                    }
-                    for slot in parameters
-                ]
-        nobody = {**base, "in_sample": False, "tensor": None}
-        losses = dict.fromkeys(_LOSS_KEYS)
-        if found is not None and measure is not None:
-            losses = _losses(found, found.recorded, step, setting, measure)
-        rows.append({**nobody, "method": TRUE, "role": "truth", "mse": 0.0, "skill": 1.0, "cosine": 1.0, **losses})
-        if measure is not None and measure.chance is not None:
-            weights_keys = dict.fromkeys(("mse", "skill", "cosine"))
-            line = {**dict.fromkeys(_LOSS_KEYS), **measure.chance}
-            rows.append({**nobody, "method": CHANCE, "role": "chance", **weights_keys, **line})
-    return rows
-
-
-def _losses(found: HeldOut, results: Results, step: int, setting: Setting, measure: Measure) -> dict[str, Any]:
-    """Measures of one candidate at one horizon, over runs."""
-    runs = setting.source.runs
-    losses = np.array([results[run][step]["loss"] for run in runs])
-    kept = np.array([found.recorded[run][setting.origin]["loss"] for run in runs])
-    gains, bounded = [], 0
-    for run, loss, keep in zip(runs, losses, kept, strict=True):
-        worth, bound = found.curves[run].steps_to(loss)
-        gains.append(worth - found.curves[run].steps_to(keep)[0])
-        bounded += bound
-    equivalent = float(np.median(gains))
-    accuracies = [results[run][step]["accuracy"] for run in runs if "accuracy" in results[run][step]]
-    return {
-        "loss": float(losses.mean()),
-        "accuracy": float(np.mean(accuracies)) if accuracies else None,
-        "equivalent_steps": equivalent,
-        "bounded": bounded,
-        "net_steps": equivalent - measure.cost if measure.cost is not None else None,
-        "better": float((losses < kept).mean()),
-    }
 
 
 def parse_limits(texts: Sequence[str], flag: str) -> dict[str, float]:

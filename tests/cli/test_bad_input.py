@@ -229,7 +229,7 @@ class TestNames:
             ((*FIT, "--device", "abacus"), "abacus"),
             (("record", "linreg", "-o", "new.zarr", "--runs", "0"), "at least 1"),
             (("record", "linreg", "-o", "new.zarr", "--steps", "x"), "--steps"),
-            (("record", "linreg", "-o", "new.zarr", "--set", "optimizer=sgdd"), "sgd|adam"),
+            (("record", "linreg", "-o", "new.zarr", "--set", "optimizer=sgdd"), "sgd|momentum"),
             (("eval", "persistence", "digits.zarr", "--max", "mse"), "mse=0.05"),
             (("eval", "persistence", "digits.zarr", "--loss", "nothing"), "package.module:function"),
             (("plot", "persistence", "digits.zarr", "-o", "new.bmp"), ".png"),

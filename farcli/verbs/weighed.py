@@ -1,0 +1,181 @@
+"""The rows of an evaluation: measures over all runs, places, and how sure they are.
+
+Shape suffixes: B runs of all stores, C candidates.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from farcli.evaluation import Candidate, HeldOut, Measure, Setting
+from farcli.forecasting import overlap
+from farcli.layout import Layout
+from farcli.metrics import DisplacementSums, bootstrap_interval
+
+TRUE, CHANCE = "true future", "chance"
+_LOSS_KEYS = (
+    "loss",
+    "accuracy",
+    "equivalent_steps",
+    "equivalent_steps_low",
+    "equivalent_steps_high",
+    "bounded",
+    "net_steps",
+    "better",
+)
+_RANK_KEYS = ("ranked_by", "rank", "behind", "behind_low", "behind_high", "gain", "gain_low", "gain_high")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weighed:
+    """The candidates of one store, weighed."""
+
+    candidates: Sequence[Candidate]
+    setting: Setting
+    sums: Sequence[DisplacementSums]
+    measure: Measure | None
+    found: HeldOut | None
+
+
+def weighed_rows(weighed: Sequence[Weighed], *, per_tensor: bool) -> list[dict[str, Any]]:
+    """The rows of an evaluation; see `farcli.verbs.evaluate.evaluate`.
+
+    Args:
+        weighed: the same candidates at the same steps, on each store.
+        per_tensor: add rows for each tensor.
+    """
+    first = weighed[0]
+    setting, candidates = first.setting, first.candidates
+    layout = setting.truth.layout
+    sums = [DisplacementSums.joined([each.sums[index] for each in weighed]) for index in range(len(candidates))]
+    parameters = [index for index, slot in enumerate(layout.floats) if slot.role == "parameter"]
+    stated = "reestimate" if setting.buffers == "reestimate" else setting.policy
+    if layout.size == layout.parameters:
+        stated = None  # the network has none
+    measured = all(each.found is not None for each in weighed)
+    cost = first.measure.cost if first.measure is not None else None
+    in_sample = [
+        any(set(overlap(e.candidates[i].training, e.setting.truth)) & set(e.setting.source.runs) for e in weighed)
+        for i in range(len(candidates))
+    ]
+    rows: list[dict[str, Any]] = []
+    no_loss: dict[str, Any] = dict.fromkeys(_LOSS_KEYS)
+    for h, step in enumerate(setting.steps_H):
+        base = {
+            "step": step,
+            "ahead": step - setting.origin,
+            "runs": sum(len(each.setting.source.runs) for each in weighed),
+            "stores": len(weighed),
+            "buffers": stated,
+        }
+        losses = [_Losses.of(weighed, index, step) if measured else None for index in range(len(candidates))]
+        errors_CB = [each.errors(parameters, layout.parameters, h) for each in sums]
+        judged_CB = [each.loss_B for each in losses if each is not None] or errors_CB
+        kept_B = losses[0].kept_B if losses and losses[0] is not None else _persistence(sums[0], parameters, layout, h)
+        ranks = _ranks(judged_CB, kept_B, "loss" if measured else "mse")
+        for index, candidate in enumerate(candidates):
+            who = {**base, "method": candidate.label, "role": candidate.role, "in_sample": in_sample[index]}
+            of_loss = losses[index]
+            rows.append(
+                {
+                    **who,
+                    "tensor": None,
+                    **sums[index].measures(parameters, layout.parameters, h),
+                    **(of_loss.measures(cost) if of_loss is not None else no_loss),
+                    **ranks[index],
+                }
+            )
+            if per_tensor:
+                rows += [
+                    {
+                        **who,
+                        "tensor": layout.floats[slot].name,
+                        **sums[index].measures([slot], layout.floats[slot].size, h),
+                        **dict.fromkeys((*_LOSS_KEYS, *_RANK_KEYS)),
+                    }
+                    for slot in parameters
+                ]
+        nobody = {**base, "in_sample": False, "tensor": None}
+        truth = _Losses.of(weighed, None, step).measures(cost) if measured else no_loss
+        exact = {"mse": 0.0, "skill": 1.0, "cosine": 1.0}
+        rows.append({**nobody, "method": TRUE, "role": "truth", **exact, **truth, **dict.fromkeys(_RANK_KEYS)})
+        if first.measure is not None and first.measure.chance is not None:
+            empty = dict.fromkeys(("mse", "skill", "cosine", *_LOSS_KEYS, *_RANK_KEYS))
+            rows.append({**nobody, "method": CHANCE, "role": "chance", **empty, **first.measure.chance})
+    return rows
+
+
+def _persistence(sums: DisplacementSums, parameters: Sequence[int], layout: Layout, horizon: int) -> np.ndarray:
+    return sums.true_BHS[:, horizon, list(parameters)].sum(-1) / layout.parameters
+
+
+def _ranks(judged_CB: Sequence[np.ndarray], kept_B: np.ndarray, by: str) -> list[dict[str, Any]]:
+    """Places of the candidates by the mean over runs of what they are judged by, the smaller the better."""
+    means = [float(values.mean()) for values in judged_CB]
+    order = sorted(range(len(means)), key=lambda index: (not np.isfinite(means[index]), means[index]))
+    best_B = judged_CB[order[0]]
+    found: list[dict[str, Any]] = [{} for _ in means]
+    for place, index in enumerate(order, 1):
+        values_B = judged_CB[index]
+        row: dict[str, Any] = {"ranked_by": by, "rank": place}
+        for key, differences_B in (("behind", values_B - best_B), ("gain", kept_B - values_B)):
+            low, high = bootstrap_interval(differences_B)
+            row |= {key: float(differences_B.mean()), f"{key}_low": _number(low), f"{key}_high": _number(high)}
+        found[index] = row
+    return found
+
+
+def _number(value: float) -> float | None:
+    return value if np.isfinite(value) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Losses:
+    """Held-out measures of one candidate at one horizon, of every run."""
+
+    loss_B: np.ndarray
+    kept_B: np.ndarray
+    """Loss of the last observed weights."""
+    worth_B: np.ndarray
+    bounded: int
+    accuracies: list[float]
+
+    @classmethod
+    def of(cls, weighed: Sequence[Weighed], candidate: int | None, step: int) -> "_Losses":
+        """Of a candidate, or of the recorded future when None."""
+        losses, kept, worth, accuracies, bounded = [], [], [], [], 0
+        for each in weighed:
+            assert each.found is not None
+            results = each.found.recorded if candidate is None else each.found.forecast[candidate]
+            for run in each.setting.source.runs:
+                measures, keep = results[run][step], each.found.recorded[run][each.setting.origin]["loss"]
+                steps, bound = each.found.curves[run].steps_to(measures["loss"])
+                losses.append(measures["loss"])
+                kept.append(keep)
+                worth.append(steps - each.found.curves[run].steps_to(keep)[0])
+                bounded += bound
+                accuracies += [measures["accuracy"]] if "accuracy" in measures else []
+        return cls(
+            loss_B=np.array(losses),
+            kept_B=np.array(kept),
+            worth_B=np.array(worth),
+            bounded=bounded,
+            accuracies=accuracies,
+        )
+
+    def measures(self, cost: float | None) -> dict[str, Any]:
+        """Means and medians over the runs; `cost` of one held-out evaluation, in training steps."""
+        equivalent = float(np.median(self.worth_B))
+        low, high = bootstrap_interval(self.worth_B, np.median)
+        return {
+            "loss": float(self.loss_B.mean()),
+            "accuracy": float(np.mean(self.accuracies)) if self.accuracies else None,
+            "equivalent_steps": equivalent,
+            "equivalent_steps_low": _number(low),
+            "equivalent_steps_high": _number(high),
+            "bounded": self.bounded,
+            "net_steps": equivalent - cost if cost is not None else None,
+            "better": float((self.loss_B < self.kept_B).mean()),
+        }
