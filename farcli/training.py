@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -177,8 +178,8 @@ class TrainingRun:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        with staged_file(path, replace=True) as temporary:
-            torch.save(state, temporary)
+        with staged_file(path, replace=True) as temporary, open(temporary, "wb") as file:
+            torch.save(state, file)  # given a path, it tells of a full disk in words of its own
 
     def restore(self, path: Path, most: int) -> bool:
         """Go on from what `save` wrote, bit for bit, if it is of these seeds, this torch and at most `most` steps.
@@ -190,13 +191,17 @@ class TrainingRun:
             StoreError: the file cannot be read.
         """
         try:
+            with ZipFile(path) as archive:  # torch itself does not look at the checksums it writes
+                broken = archive.testzip()
+            if broken is not None:
+                raise BadZipFile(broken)
             state = torch.load(path, weights_only=True)
             if (state["torch"], state["seeds"]) != (str(torch.__version__), self._seeds) or state["step"] > most:
                 return False
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self._drawn, self._noise = state["step"], state["drawn"], state["noise"]
-        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, UnpicklingError, BadZipFile) as error:
             raise StoreError(
                 f"{path}: the saved training cannot be read ({type(error).__name__}).",
                 "Remove this file: the run is then trained again from its seed.",

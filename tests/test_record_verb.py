@@ -1,4 +1,5 @@
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -10,9 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from farcli import __version__
-from farcli.errors import FarcliError, NonFiniteError, StoppedError, StoreError, UnfinishedError, UsageError
+from farcli.errors import (
+    FarcliError,
+    NonFiniteError,
+    ResourceError,
+    StoppedError,
+    StoreError,
+    UnfinishedError,
+    UsageError,
+)
 from farcli.store import Trajectory, TrajectoryWriter
 from farcli.training import Network, TrainingRun, run_seed, workload_from, workload_of
 from farcli.verbs.record import record
@@ -44,6 +54,13 @@ def straight(arguments: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     """The same recording, never interrupted."""
     path = tmp_path_factory.mktemp("straight") / "run.zarr"
     record(**arguments, output=path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def straight_digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("digits") / "run.zarr"
+    record(**DIGITS, output=path)
     return path
 
 
@@ -188,9 +205,8 @@ def test_a_schedule_and_its_optimiser_go_on_where_they_were(tmp_path: Path):
     assert Trajectory.open(path).header["workload"]["options"]["span"] == "25"
 
 
-def test_a_state_that_does_not_fit_its_snapshots_is_not_gone_on_from(tmp_path: Path):
-    ahead, behind, straight = (tmp_path / f"{name}.zarr" for name in ("ahead", "behind", "straight"))
-    record(**DIGITS, output=straight)
+def test_a_state_that_does_not_fit_its_snapshots_is_not_gone_on_from(straight_digits: Path, tmp_path: Path):
+    ahead, behind = (tmp_path / f"{name}.zarr" for name in ("ahead", "behind"))
     for path, calls in ((ahead, 15), (behind, 5)):
         with pytest.raises(StoppedError):
             record(**DIGITS, output=path, stop=after(calls))
@@ -198,7 +214,22 @@ def test_a_state_that_does_not_fit_its_snapshots_is_not_gone_on_from(tmp_path: P
     asked = count()
     record(**DIGITS, output=behind, resume=True, stop=lambda: next(asked) < 0)
     assert next(asked) == 75  # from the seed: the snapshot of step 10 was never stored
-    assert whole(behind) == whole(straight)
+    assert whole(behind) == whole(straight_digits)
+
+
+def test_from_an_older_state_the_snapshots_after_it_are_compared(straight_digits: Path, tmp_path: Path):
+    """As after a stop, a resume and a kill."""
+    path = tmp_path / "run.zarr"
+    with pytest.raises(StoppedError):
+        record(**DIGITS, output=path, stop=after(5))
+    older = (path / "training.pt").read_bytes()
+    with pytest.raises(StoppedError, match="stopped at step 15"):
+        record(**DIGITS, output=path, resume=True, stop=after(10))
+    (path / "training.pt").write_bytes(older)
+    asked = count()
+    record(**DIGITS, output=path, resume=True, stop=lambda: next(asked) < 0)
+    assert next(asked) == 70
+    assert whole(path) == whole(straight_digits)
 
 
 def test_a_state_of_other_weights_than_the_snapshot_of_its_step_is_noticed(tmp_path: Path):
@@ -211,18 +242,41 @@ def test_a_state_of_other_weights_than_the_snapshot_of_its_step_is_noticed(tmp_p
         record(**DIGITS, output=path, resume=True)
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 no archive", None])
-def test_a_damaged_state_is_named(damage: bytes | None, tmp_path: Path):
+@pytest.mark.parametrize("damage", ["empty", "foreign", "short", "flipped"])
+def test_a_damaged_state_is_named(damage: str, tmp_path: Path):
     path = tmp_path / "run.zarr"
     with pytest.raises(StoppedError):
         record(**DIGITS, output=path, stop=after(12))
     state = path / "training.pt"
-    state.write_bytes(state.read_bytes()[:-500] if damage is None else damage)
+    sound = state.read_bytes()
+    weights = torch.load(state, weights_only=True)["model"]["9.weight"].numpy().tobytes()
+    place = sound.index(weights) + 1000
+    flipped = sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :]
+    broken = {"empty": b"", "foreign": b"PK\x03\x04 no archive", "short": sound[:-500], "flipped": flipped}
+    state.write_bytes(broken[damage])
     with pytest.raises(StoreError, match=r"training\.pt: the saved training cannot be read") as caught:
         record(**DIGITS, output=path, resume=True)
     assert "Remove this file" in str(caught.value.hint)
     state.unlink()
     record(**DIGITS, output=path, resume=True)
+
+
+def test_a_disk_without_room_for_the_state_keeps_the_snapshots(tmp_path: Path):
+    path = tmp_path / "run.zarr"
+    recording: dict[str, Any] = {"workload": "digits-cnn", "steps": 25, "every": 25}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, hard))  # both snapshots need 16,000, the state 30,000
+    try:
+        with pytest.raises(ResourceError, match="no space left") as caught:
+            record(**recording, output=path, stop=after(12))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "--resume" in str(caught.value.hint)
+    assert not [file for file in path.rglob("*") if "training" in file.name]
+    assert Trajectory.open(path, partial=True).snapshots == [1]
+    record(**recording, output=path, resume=True)
+    record(**recording, output=tmp_path / "straight.zarr")
+    assert whole(path) == whole(tmp_path / "straight.zarr")
 
 
 def test_a_recording_of_a_version_with_fewer_options_is_gone_on_with(tmp_path: Path):
