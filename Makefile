@@ -12,10 +12,11 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
-.PHONY: help install data demo gfm-table1 bench-store bench-record test test-slow format lint types imports check constraints clean
+.PHONY: help install data demo gfm-table1 gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
+.PHONY: lfd-distilbert horizon bench-store bench-record test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
-	@grep -hE '^[a-z][a-z0-9-]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 # ---------------------------------------------------------------- environments
 
@@ -74,6 +75,19 @@ FULL ?=
 
 gfm-table1: $(VENV)/demo  ## Reproduce Table 1 of Gradient Flow Matching beside yardsticks, into scripts/results
 	$(BIN)/python scripts/gfm_tables.py table1 --seeds $(SEEDS) --epochs $(EPOCHS) $(FULL)
+
+gfm-table3 gfm-table4 gfm-sensitivity: $(VENV)/demo  ## Its tables of first weights, of n = 0, and of β, γ, ζ
+	$(BIN)/python scripts/gfm_tables.py $(@:gfm-%=%) --seeds $(SEEDS) --epochs $(EPOCHS) $(FULL)
+
+# `make lfd-cnn FULL=--full` takes more runs and 5 data seeds.
+lfd-syn1 lfd-ablation lfd-cnn lfd-break: $(VENV)/demo  ## Experiments of LFD-2: one table and picture each
+	$(BIN)/python scripts/lfd_tables.py $(@:lfd-%=%) $(FULL)
+
+lfd-distilbert: $(VENV)/demo  ## LFD-2 on a recorded fine-tuning, STORE=runs/distilbert.zarr
+	$(BIN)/python scripts/lfd_tables.py distilbert --store $(STORE)
+
+horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification, for four workloads
+	$(BIN)/python scripts/lfd_tables.py horizon $(FULL)
 
 # ------------------------------------------------------------------ benchmarks
 

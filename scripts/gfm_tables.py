@@ -2,6 +2,9 @@
 
     python scripts/gfm_tables.py table1            # GFM in three readings, closed forms, yardsticks
     python scripts/gfm_tables.py table1 --full     # and the paper's trained baselines, and a learner with more runs
+    python scripts/gfm_tables.py table3            # other first weights: Xavier normal and uniform
+    python scripts/gfm_tables.py table4            # n = 0: nothing but the first weights is seen
+    python scripts/gfm_tables.py sensitivity       # β, γ and ζ (its Tables 6 to 9); --full for the whole grid
 
 Protocol D2 (SCIENCE, section 7): 50 linear regressions of 100 points with noise of variance 0.1, batches of 32, a
 snapshot at the start and after each of 199 epochs; 30 to train, 20 to test; n = 4 → w_199. Errors are means over both
@@ -13,6 +16,7 @@ Shape suffixes: R runs, C snapshots of the context, D coordinates, X features, L
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +47,20 @@ PUBLISHED = {
     "lstm": (1.601, 1.591, 1.572, 1.567, 1.525),
     "transformer": (0.020, 0.020, 0.019, 0.020, 0.016),
 }
+PUBLISHED |= {
+    "gfm, Xavier normal": (0.020, 0.017, 0.017, 0.016, 0.013),
+    "gfm, Xavier uniform": (0.021, 0.026, 0.026, 0.019, 0.017),
+    "gfm, n = 0": (0.023, 0.025, 0.025, 0.025, 0.025),
+    "gfm, best of its grid": (0.015, 0.014, 0.014, 0.015, 0.013),
+}
+BEST = {
+    "sgd": (0, 0, 10),
+    "adam": (0, 0.1, 1),
+    "adamw": (0, 1, 100),
+    "rmsprop": (0.1, 1, 100),
+    "adagrad": (0.1, 1, 100),
+}
+"""(β, γ, ζ) of the paper's Table 6."""
 SCIENCE_FLOOR = (0.0077, 0.0102, 0.0100, 0.0089, 0.0083)
 
 
@@ -51,6 +69,7 @@ class Cell:
     """One data seed of one optimiser, split: prefixes [R, C, D] and true ends [R, D]."""
 
     store: Path
+    context: int
     train_RCD: np.ndarray
     train_RD: np.ndarray
     test_RCD: np.ndarray
@@ -61,24 +80,24 @@ Method = Callable[[Cell], np.ndarray]
 """Forecasts of the test runs, [R, D]."""
 
 
-def recorded(folder: Path, optimiser: str, seed: int, runs: int = RUNS) -> Path:
-    store = folder / f"{optimiser}-{seed}-{runs}.zarr"
+def recorded(folder: Path, optimiser: str, seed: int, runs: int = RUNS, init: str = "normal") -> Path:
+    store = folder / f"{optimiser}-{seed}-{runs}{f'-{init}' * (init != 'normal')}.zarr"
     if not (store / "zarr.json").exists():
-        options = {"optimizer": optimiser, **D2}
+        options = {"optimizer": optimiser, "init": init, **D2}
         record("linreg", store, runs=runs, steps=LAST, every=EVERY, seed=seed, options=options, resume=True)
     return store
 
 
-def read(store: Path, runs: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def read(store: Path, runs: Sequence[int], context: int = CONTEXT) -> tuple[np.ndarray, np.ndarray]:
     trajectory = Trajectory.open(store)
-    steps = [*range(0, CONTEXT * EVERY, EVERY), LAST]
+    steps = [*range(0, context * EVERY, EVERY), LAST]
     weights_RTD = trajectory.read(list(runs), steps, 0, trajectory.layout.parameters)
     return weights_RTD[:, :-1].astype(np.float64), weights_RTD[:, -1].astype(np.float64)
 
 
-def cell_of(store: Path) -> Cell:
-    train, test = read(store, range(TRAIN)), read(store, range(TRAIN, RUNS))
-    return Cell(store=store, train_RCD=train[0], train_RD=train[1], test_RCD=test[0], test_RD=test[1])
+def cell_of(store: Path, context: int = CONTEXT) -> Cell:
+    train, test = read(store, range(TRAIN), context), read(store, range(TRAIN, RUNS), context)
+    return Cell(store=store, context=context, train_RCD=train[0], train_RD=train[1], test_RCD=test[0], test_RD=test[1])
 
 
 def fitted(method: str, **options: object) -> Method:
@@ -91,7 +110,7 @@ def fitted(method: str, **options: object) -> Method:
             method,
             [str(cell.store)],
             output,
-            context=CONTEXT,
+            context=cell.context,
             targets=str(LAST),
             train_runs=f"0:{TRAIN}",
             options=texts,
@@ -207,51 +226,172 @@ def table1_methods(arguments: argparse.Namespace, optimiser: str) -> Iterator[tu
     yield "lfd2", "LFD-2 solved (dense, no ridge)", fitted("lfd2", map="dense")
     yield "lfd2", "LFD-2 solved (dense, ridge by leave-one-out)", lfd2_ridge
     yield "lfd2", "LFD-2 solved (shared map)", fitted("lfd2")
-    yield "", "persistence", lambda cell: cell.test_RCD[:, -1]
-    yield "", "train mean", lambda cell: np.broadcast_to(cell.train_RD.mean(0), cell.test_RD.shape)
-    yield "", "ridge on w_n", ridge_on_last
+    yield from yardsticks()
     if arguments.full:
         yield "", f"cubic ridge, {arguments.extra} more runs", more_runs(arguments.runs, optimiser, arguments.extra)
 
 
-def table1(arguments: argparse.Namespace) -> None:
-    rows_file = arguments.out / "gfm-table1.ndjson"
+def yardsticks() -> Iterator[tuple[str, str, Method]]:
+    yield "", "persistence", lambda cell: cell.test_RCD[:, -1]
+    yield "", "train mean", lambda cell: np.broadcast_to(cell.train_RD.mean(0), cell.test_RD.shape)
+    yield "", "ridge on w_n", ridge_on_last
+
+
+def readings(group: str, mark: str, epochs: int) -> Iterator[tuple[str, str, Method]]:
+    """GFM as printed and corrected, and what needs no fitting, for a part of a table marked so."""
+    corrected = {"units": "corrected", "path": "w_n"}
+    yield group, f"GFM as printed{mark}", fitted("gfm", path="w_0", epochs=epochs)
+    yield group, f"GFM corrected{mark}", fitted("gfm", epochs=epochs, **corrected)
+    for _, name, method in yardsticks():
+        yield group, f"{name}{mark}", method
+
+
+def computed(
+    arguments: argparse.Namespace,
+    name: str,
+    parts: Callable[[str], Sequence[tuple[Callable[[int], Cell], Sequence[tuple[str, str, Method]]]]],
+    number: int,
+) -> list[dict]:
+    """Rows of a table: those on file, and the missing ones, appended as they come.
+
+    Args:
+        arguments: of the command.
+        name: of the file.
+        parts: for an optimiser, pairs of (data of a seed, methods as (group, name, method)).
+        number: of the table in the paper.
+    """
+    rows_file = arguments.out / f"{name}.ndjson"
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
     known = {(row["method"], row["optimiser"], row["seed"], row["epochs"]) for row in rows}
     with rows_file.open("a") as lines:
         for seed in range(arguments.seeds):
             for optimiser in arguments.optimisers:
-                cell = cell_of(recorded(arguments.runs, optimiser, seed))
-                for group, name, method in table1_methods(arguments, optimiser):
-                    if (name, optimiser, seed, arguments.epochs) in known:
-                        continue
-                    began = time.perf_counter()
-                    error = float(((method(cell) - cell.test_RD) ** 2).mean())
-                    row = {"table": 1, "method": name, "group": group, "optimiser": optimiser, "seed": seed}
-                    row |= {"epochs": arguments.epochs, "mse": error, "seconds": time.perf_counter() - began}
-                    rows.append(row)
-                    print(json.dumps(row), file=lines, flush=True)
-                print(f"seed {seed}, {optimiser}: done", flush=True)
-    order = [name for _, name, _ in table1_methods(arguments, OPTIMISERS[0])]
-    rows = sorted((row for row in rows if row["method"] in order), key=lambda row: order.index(row["method"]))
+                for data, methods in parts(optimiser):
+                    missing = [item for item in methods if (item[1], optimiser, seed, arguments.epochs) not in known]
+                    cell = data(seed) if missing else None
+                    for group, method_name, method in missing:
+                        assert cell is not None
+                        began = time.perf_counter()
+                        error = float(((method(cell) - cell.test_RD) ** 2).mean())
+                        row = {"table": number, "method": method_name, "group": group, "optimiser": optimiser}
+                        row |= {"seed": seed, "epochs": arguments.epochs, "mse": error}
+                        rows.append(row | {"seconds": time.perf_counter() - began})
+                        print(json.dumps(rows[-1]), file=lines, flush=True)
+                print(f"seed {seed}, {optimiser}: done", file=sys.stderr, flush=True)
+    wanted = [method[1] for _, methods in parts(OPTIMISERS[0]) for method in methods]
     chosen = [row for row in rows if row["epochs"] == arguments.epochs and row["seed"] < arguments.seeds]
-    text = markdown(chosen, arguments)
-    (arguments.out / "gfm-table1.md").write_text(text)
+    return sorted((row for row in chosen if row["method"] in wanted), key=lambda row: wanted.index(row["method"]))
+
+
+def written(arguments: argparse.Namespace, name: str, text: str) -> None:
+    (arguments.out / f"{name}.md").write_text(text)
     print(text)
 
 
-def markdown(rows: Sequence[dict], arguments: argparse.Namespace) -> str:
-    """Each method's mean (std) over seeds, published figures above the methods they belong to."""
-    lines = [
-        "# Table 1 of Gradient Flow Matching, protocol D2: test MSE of w_199 from w_0 … w_4",
+def table1(arguments: argparse.Namespace) -> None:
+    rows = computed(
+        arguments,
+        "gfm-table1",
+        lambda o: [(lambda seed: cell_of(recorded(arguments.runs, o, seed)), list(table1_methods(arguments, o)))],
+        1,
+    )
+    body = [*body_of(rows, arguments), floor_line(), *ratio_lines(rows)]
+    written(arguments, "gfm-table1", page("Table 1", "w_199 from w_0 … w_4", body, arguments))
+
+
+def table3(arguments: argparse.Namespace) -> None:
+    """With one input and one output, Xavier normal is N(0, 1) again: that part repeats Table 1's data."""
+
+    def parts(optimiser: str) -> list:
+        return [
+            (
+                lambda seed, init=init: cell_of(recorded(arguments.runs, optimiser, seed, init=init)),
+                list(readings(f"gfm, Xavier {kind}", f", Xavier {kind}", arguments.epochs)),
+            )
+            for kind, init in (("normal", "normal"), ("uniform", "xavier_uniform"))
+        ]
+
+    rows = computed(arguments, "gfm-table3", parts, 3)
+    written(arguments, "gfm-table3", page("Table 3", "w_199, other first weights", body_of(rows, arguments), arguments))
+
+
+def table4(arguments: argparse.Namespace) -> None:
+    rows = computed(
+        arguments,
+        "gfm-table4",
+        lambda o: [
+            (
+                lambda seed: cell_of(recorded(arguments.runs, o, seed), context=1),
+                list(readings("gfm, n = 0", "", arguments.epochs)),
+            )
+        ],
+        4,
+    )
+    goal = ["", "Nothing about the task is visible in w_0: the honest goal is the train mean within 3 %."]
+    body = [*body_of(rows, arguments), *goal]
+    written(arguments, "gfm-table4", page("Table 4", "w_199 from w_0 alone (n = 0)", body, arguments))
+
+
+def sensitivity(arguments: argparse.Namespace) -> None:
+    """Which β, γ and ζ are best, and how much they matter: chosen on the test runs, as the paper does."""
+    grid = [(beta, gamma, zeta) for beta in (0, 1) for gamma in (0, 1) for zeta in (0, 10, 100)]
+    if arguments.full:
+        weights = (0, 0.1, 1, 10)
+        grid = [(beta, gamma, zeta) for beta in weights for gamma in weights for zeta in (0, 1, 10, 100)]
+    grid = [weights for weights in dict.fromkeys([*grid, *BEST.values()]) if any(weights)]
+
+    def parts(optimiser: str) -> list:
+        methods = [
+            (
+                "",
+                f"β={beta:g} γ={gamma:g} ζ={zeta:g}",
+                fitted("gfm", beta=beta, gamma=gamma, zeta=zeta, epochs=arguments.epochs),
+            )
+            for beta, gamma, zeta in grid
+        ]
+        return [(lambda seed: cell_of(recorded(arguments.runs, optimiser, seed)), [*methods, *yardsticks()])]
+
+    rows = computed(arguments, "gfm-sensitivity", parts, 6)
+    of_weights = [row for row in rows if row["method"].startswith("β")]
+    found = {
+        (name, optimiser): mean([r["mse"] for r in of_weights if (r["method"], r["optimiser"]) == (name, optimiser)])
+        for name in dict.fromkeys(row["method"] for row in of_weights)
+        for optimiser in arguments.optimisers
+    }
+    best = {o: min((v, name) for (name, other), v in found.items() if other == o) for o in arguments.optimisers}
+    figures = " | ".join(f"{value:g}" for value in PUBLISHED["gfm, best of its grid"])
+    body = [
+        *body_of(rows, arguments),
+        f"| **published best** | {figures} |",
+        "| its β, γ, ζ | " + " | ".join(", ".join(f"{v:g}" for v in BEST[o]) for o in OPTIMISERS) + " |",
+        "| **our best** | " + " | ".join(f"{best[o][0]:.4f}" if o in best else "·" for o in OPTIMISERS) + " |",
+        "| its β, γ, ζ | " + " | ".join(best[o][1] if o in best else "·" for o in OPTIMISERS) + " |",
         "",
-        f"Mean (std) over {arguments.seeds} data seeds, fewer where {{n}} says so; fits by gradient ran "
-        f"{arguments.epochs} epochs. "
-        "`python scripts/gfm_tables.py table1" + (" --full`" if arguments.full else "`"),
-        "",
-        "| | " + " | ".join(HEADINGS[optimiser] for optimiser in OPTIMISERS) + " |",
-        "|---|" + "---|" * len(OPTIMISERS),
+        "Chosen on the test runs, as in the paper: the best of a grid is better than any of it would be on new runs.",
     ]
+    written(arguments, "gfm-sensitivity", page("Tables 6 to 9", "w_199 by β, γ, ζ", body, arguments))
+
+
+def page(table: str, what: str, body: Sequence[str], arguments: argparse.Namespace) -> str:
+    command = " ".join(["python scripts/gfm_tables.py", arguments.table, *["--full"] * arguments.full])
+    return "\n".join(
+        [
+            f"# {table} of Gradient Flow Matching, protocol D2: test MSE of {what}",
+            "",
+            f"Mean (std) over {arguments.seeds} data seeds, fewer where {{n}} says so; fits by gradient ran "
+            f"{arguments.epochs} epochs. `{command}`",
+            "",
+            "| | " + " | ".join(HEADINGS[optimiser] for optimiser in OPTIMISERS) + " |",
+            "|---|" + "---|" * len(OPTIMISERS),
+            *body,
+            "",
+        ]
+    )
+
+
+def body_of(rows: Sequence[dict], arguments: argparse.Namespace) -> list[str]:
+    """Each method's mean (std) over seeds, published figures above the methods they belong to."""
+    lines: list[str] = []
     done: set[str] = set()
     for row in rows:
         name, group = row["method"], row["group"]
@@ -266,9 +406,14 @@ def markdown(rows: Sequence[dict], arguments: argparse.Namespace) -> str:
             for o in OPTIMISERS
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines.append(
-        "| *floor by our research notes, 8000 more runs* | " + " | ".join(f"{v:g}" for v in SCIENCE_FLOOR) + " |"
-    )
+    return lines
+
+
+def floor_line() -> str:
+    return "| *floor by our research notes, 8000 more runs* | " + " | ".join(f"{v:g}" for v in SCIENCE_FLOOR) + " |"
+
+
+def ratio_lines(rows: Sequence[dict]) -> list[str]:
     ratios = {
         optimiser: mean(found) / published
         for optimiser, published in zip(OPTIMISERS, PUBLISHED["gfm"], strict=True)
@@ -280,8 +425,7 @@ def markdown(rows: Sequence[dict], arguments: argparse.Namespace) -> str:
     }
     told = ", ".join(f"{HEADINGS[optimiser]} {ratio:.2f}" for optimiser, ratio in ratios.items())
     held = all(ratio <= BAR for ratio in ratios.values())
-    lines += ["", f"GFM as printed over published: {told}; at most {BAR} {'holds' if held else 'does NOT hold'}.", ""]
-    return "\n".join(lines)
+    return ["", f"GFM as printed over published: {told}; at most {BAR} {'holds' if held else 'does NOT hold'}."]
 
 
 def spread(values: Sequence[float], seeds: int) -> str:
@@ -293,7 +437,8 @@ def spread(values: Sequence[float], seeds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=["table1"])
+    tables = {"table1": table1, "table3": table3, "table4": table4, "sensitivity": sensitivity}
+    parser.add_argument("table", choices=list(tables))
     parser.add_argument("--seeds", type=int, default=5, help="data seeds 0, 1, …")
     parser.add_argument("--optimisers", nargs="+", default=list(OPTIMISERS), choices=OPTIMISERS)
     parser.add_argument("--epochs", type=int, default=1000, help="epochs of every fit by gradient, the paper's 1000")
@@ -307,7 +452,7 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    table1(arguments)
+    tables[arguments.table](arguments)
 
 
 if __name__ == "__main__":

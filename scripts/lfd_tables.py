@@ -1,0 +1,377 @@
+"""Reproduce the experiments of LFD-2 farcasting (arXiv 2505.02714) with farcli, and answer what it leaves open.
+
+    python scripts/lfd_tables.py syn1        # linear regression by SGD: near and far, beside yardsticks
+    python scripts/lfd_tables.py ablation    # with and without the gradient-decay loss, on longer training
+    python scripts/lfd_tables.py cnn         # a small convolutional network on real images
+    python scripts/lfd_tables.py break       # where a linear map of two snapshots breaks
+    python scripts/lfd_tables.py horizon     # how far ahead a forecast is worth its verification
+    python scripts/lfd_tables.py distilbert --store runs/distilbert.zarr   # a real fine-tuning, streamed
+
+The paper's result tables could not be found: nothing here is compared with its figures. Every table holds the
+yardsticks of `farcli eval` and, where a loss is at hand, the true future and chance. Recordings are kept under --runs,
+rows go to scripts/results as NDJSON, a Markdown table and a picture. `--full` takes more runs and seeds.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from farcli import evaluate, fit, record
+from farcli.layout import layout_of
+from farcli.store import Trajectory, TrajectoryWriter
+from farcli.verbs.plot import plot
+
+CONTEXT = 5
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One training and what is forecast of it.
+
+    Attributes:
+        name: of the case, in tables and file names.
+        workload: to record, or "" for trajectories made by `made`.
+        options: of the workload.
+        steps: of each run.
+        every: steps between snapshots.
+        runs: how many; the first two thirds are fitted on, the others judged.
+        start: step of the last observed snapshot.
+        targets: steps that are forecast.
+        made: makes trajectories [runs, snapshots, D] of a seed, instead of a workload.
+    """
+
+    name: str
+    workload: str = ""
+    options: Mapping[str, str] = field(default_factory=dict)
+    steps: int
+    every: int
+    runs: int
+    start: int
+    targets: Sequence[int]
+    made: Callable[[int], np.ndarray] | None = None
+
+    @property
+    def train(self) -> int:
+        return self.runs * 2 // 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """A method with its options, and what the table calls it."""
+
+    label: str
+    method: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+LFD2 = Asked(label="lfd2", method="lfd2")
+
+
+def recorded(case: Case, folder: Path, seed: int) -> Path:
+    store = folder / f"{case.name}-{seed}.zarr"
+    if (store / "zarr.json").exists():
+        return store
+    if case.made is None:
+        record(
+            case.workload,
+            store,
+            runs=case.runs,
+            steps=case.steps,
+            every=case.every,
+            seed=seed,
+            options=case.options,
+            resume=True,
+        )
+        return store
+    weights_RTD = case.made(seed)
+    steps = range(0, case.steps + 1, case.every)
+    layout = layout_of([("weight", (weights_RTD.shape[2],), "float32", "parameter")])
+    with TrajectoryWriter.create(
+        store, layout, list(range(case.runs)), planned_steps=steps, lockstep=True, replace=True
+    ) as writer:
+        for index, step in enumerate(steps):
+            writer.append(step, weights_RTD[:, index].astype(np.float32))
+        writer.finish()
+    return store
+
+
+def weighed(case: Case, methods: Sequence[Asked], arguments: argparse.Namespace) -> Rows:
+    """Rows of `farcli eval` on the runs nobody was fitted on, over all data seeds."""
+    rows: Rows = []
+    for seed in range(arguments.seeds):
+        store = recorded(case, arguments.runs, seed)
+        files = []
+        for asked in methods:
+            file = arguments.runs / f"{asked.label.replace(' ', '-').replace('/', '-')}.safetensors"
+            fit(
+                asked.method,
+                [str(store)],
+                file,
+                context=CONTEXT,
+                start=case.start,
+                targets=",".join(map(str, case.targets)),
+                train_runs=f"0:{case.train}",
+                options=dict(asked.options),
+                device="cpu",
+                replace=True,
+            )
+            files.append(str(file))
+        found = evaluate(files, str(store), targets=",".join(map(str, case.targets)), device="cpu")
+        stems = {Path(file).stem: asked.label for file, asked in zip(files, methods, strict=True)}
+        for row in found:
+            inside = row["method"].partition("(")[2].rstrip(")")
+            label = stems.get(inside, methods[0].label if row["role"] == "forecast" else row["method"])
+            rows.append({"case": case.name, "seed": seed, **row, "method": label})
+    return rows
+
+
+def pooled(rows: Rows) -> Rows:
+    """Means over data seeds of every (case, step, method)."""
+    keys = ("mse", "skill", "cosine", "loss", "equivalent_steps", "net_steps", "better")
+    groups: dict[tuple[Any, ...], Rows] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["step"], row["method"]), []).append(row)
+    found = []
+    for members in groups.values():
+        means = {key: [m[key] for m in members if m.get(key) is not None] for key in keys}
+        found.append(
+            {**members[0], "seeds": len(members)} | {key: float(np.mean(v)) if v else None for key, v in means.items()}
+        )
+    return found
+
+
+def table(rows: Rows, title: str, command: str, columns: Sequence[str], notes: Sequence[str]) -> str:
+    """A Markdown table for each case: methods down, horizons across, one figure or several a cell."""
+    forms = {"mse": ".2e", "skill": "+.3f", "loss": ".3g", "equivalent_steps": "+.0f", "net_steps": "+.0f"}
+    lines = [f"# {title}", "", f"`{command}`; means over the runs judged and data seeds.", ""]
+    for case in dict.fromkeys(row["case"] for row in rows):
+        members = [row for row in rows if row["case"] == case]
+        steps = list(dict.fromkeys(row["step"] for row in members))
+        head = [f"{step} (+{next(m['ahead'] for m in members if m['step'] == step)})" for step in steps]
+        shown = [key for key in columns if any(row.get(key) is not None for row in members)]
+        lines += [f"## {case}", "", " / ".join(shown), "", "| | " + " | ".join(head) + " |"]
+        lines.append("|---|" + "---|" * len(steps))
+        for method in dict.fromkeys(row["method"] for row in members):
+            cells = []
+            for step in steps:
+                row = next((m for m in members if (m["method"], m["step"]) == (method, step)), {})
+                values = [row.get(key) for key in shown]
+                cells.append(
+                    " / ".join(
+                        "·" if v is None or not np.isfinite(v) else f"{v:{forms[k]}}"
+                        for k, v in zip(shown, values, strict=True)
+                    )
+                )
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join([*lines, *notes, ""])
+
+
+def finish(name: str, rows: Rows, text: str, arguments: argparse.Namespace, *, drawn: str, quantity: str) -> None:
+    """Write the rows, the table and a picture of one case."""
+    with open(arguments.out / f"{name}.ndjson", "w", encoding="utf-8") as file:
+        for row in rows:
+            clean = {k: (None if isinstance(v, float) and not np.isfinite(v) else v) for k, v in row.items()}
+            file.write(json.dumps(clean) + "\n")
+    (arguments.out / f"{name}.md").write_text(text, encoding="utf-8")
+    picture = [row for row in pooled(rows) if row["case"] == drawn]
+    plot(picture, arguments.out / f"{name}.png", quantity=quantity, replace=True)
+    print(text)
+
+
+# ------------------------------------------------------------------------------------------------- experiments
+
+
+def syn1(arguments: argparse.Namespace) -> None:
+    targets = (20, 50, 100, 199)
+    shape = {"workload": "linreg", "runs": 60 if arguments.full else 30, "start": 4, "targets": targets}
+    cases = [
+        Case(name="full batch", steps=199, every=1, **shape),
+        Case(name="batches of 25", options={"batch": "25", "noise": "0.3"}, steps=199, every=1, **shape),
+    ]
+    methods = [
+        Asked(label="lfd2", method="lfd2"),
+        Asked(label="lfd2 l1", method="lfd2", options={"loss": "l1"}),
+        Asked(label="lfd2 dense", method="lfd2", options={"map": "dense"}),
+    ]
+    rows = [row for case in cases for row in weighed(case, methods, arguments)]
+    notes = ["Each run has a task of its own, so that no one map is exact; where all runs obey one recurrence, it is",
+             "(`make lfd-break`, first case). `linear` is LFD-2 with A = [−j/n, 1 + j/n], b = 0."]  # fmt: skip
+    text = table(pooled(rows), "Syn-1: linear regression by SGD", "make lfd-syn1", ("mse", "loss"), notes)
+    finish("lfd-syn1", rows, text, arguments, drawn=cases[0].name, quantity="loss")
+
+
+def ablation(arguments: argparse.Namespace) -> None:
+    targets = (100, 200, 400, 600)
+    case = Case(
+        name="longer training in small batches",
+        workload="linreg",
+        options={"batch": "10", "noise": "0.3"},
+        steps=600,
+        every=10,
+        runs=60 if arguments.full else 30,
+        start=40,
+        targets=targets,
+    )
+    methods = [
+        Asked(label=f"{loss} β={beta}", method="lfd2", options={"loss": loss, "beta": beta})
+        for loss in ("squared", "l1")
+        for beta in ("0", "0.1", "1", "10")
+        if loss == "squared" or beta in ("0", "1")
+    ]
+    rows = weighed(case, methods, arguments)
+    text = table(pooled(rows), "The gradient-decay loss", "make lfd-ablation", ("mse", "loss"), [])
+    finish("lfd-ablation", rows, text, arguments, drawn=case.name, quantity="loss")
+
+
+def cnn(arguments: argparse.Namespace) -> None:
+    case = Case(
+        name="digits-cnn",
+        workload="digits-cnn",
+        steps=600,
+        every=20,
+        runs=24 if arguments.full else 12,
+        start=80,
+        targets=(100, 160, 240, 360, 600),
+    )
+    methods = [
+        Asked(label="lfd2", method="lfd2"),
+        Asked(label="lfd2 per tensor", method="lfd2", options={"groups": "tensor"}),
+        Asked(label="lfd2 l1 β=1", method="lfd2", options={"loss": "l1", "beta": "1"}),
+    ]
+    rows = weighed(case, methods, arguments)
+    columns = ("skill", "loss", "equivalent_steps")
+    text = table(pooled(rows), "A small CNN on handwritten digits", "make lfd-cnn", columns, [])
+    finish("lfd-cnn", rows, text, arguments, drawn=case.name, quantity="loss")
+
+
+def recurrence(seed: int) -> np.ndarray:
+    """w_{i+1} = c_i w_i + d_i, one recurrence for all coordinates and runs: the proposition's case."""
+    generator = np.random.default_rng([seed, 1])
+    common = np.random.default_rng(7)
+    weights = generator.normal(size=(30, 50))
+    found = [weights]
+    for _ in range(100):
+        found.append(found[-1] * common.uniform(0.93, 1.0) + common.normal(scale=0.01))
+    return np.stack(found, axis=1)
+
+
+def periodic(seed: int) -> np.ndarray:
+    """Sines of one period (40 steps), each coordinate with its own phase, amplitude and centre."""
+    generator = np.random.default_rng([seed, 2])
+    phase, amplitude, centre = generator.uniform(0, 2 * np.pi, (30, 1, 50)), generator.normal(size=(30, 1, 50)), 0.5
+    return centre + amplitude * np.sin(2 * np.pi * np.arange(101)[None, :, None] / 40 + phase)
+
+
+def chaotic(seed: int) -> np.ndarray:
+    """Logistic maps at r = 3.9."""
+    weights = np.random.default_rng([seed, 3]).uniform(0.05, 0.95, (30, 50))
+    found = [weights]
+    for _ in range(100):
+        found.append(3.9 * found[-1] * (1 - found[-1]))
+    return np.stack(found, axis=1)
+
+
+def breaking(arguments: argparse.Namespace) -> None:
+    shape = {"steps": 400, "every": 10, "runs": 12, "start": 80, "targets": (90, 120, 200, 400)}
+    trained = [
+        Case(name="digits-cnn, sgd", workload="digits-cnn", options={"optimizer": "sgd"}, **shape),
+        Case(name="digits-cnn, momentum", workload="digits-cnn", options={"optimizer": "momentum"}, **shape),
+        Case(name="digits-cnn, adam", workload="digits-cnn", options={"optimizer": "adam"}, **shape),
+        Case(
+            name="digits-cnn, adam, cyclical rate",
+            workload="digits-cnn",
+            options={"optimizer": "adam", "schedule": "cyclical"},
+            **shape,
+        ),
+    ]
+    shape = {"steps": 100, "every": 1, "runs": 30, "start": 8, "targets": (9, 12, 28, 48, 100)}
+    made = [
+        Case(name="recurrence w ← c_i w + d_i, the same everywhere", made=recurrence, **shape),
+        Case(name="periodic, 40 steps", made=periodic, **shape),
+        Case(name="chaotic, logistic maps", made=chaotic, **shape),
+    ]
+    rows = [row for case in [*made, *trained] for row in weighed(case, [LFD2], arguments)]
+    columns = ("skill", "equivalent_steps")
+    text = table(pooled(rows), "Where a linear map of two snapshots breaks", "make lfd-break", columns, [])
+    finish("lfd-break", rows, text, arguments, drawn="digits-cnn, adam, cyclical rate", quantity="loss")
+
+
+def horizon(arguments: argparse.Namespace) -> None:
+    far = Asked(label="far", method="far")
+    runs = 24 if arguments.full else 12
+    cases = [
+        Case(name="linreg, adam", workload="linreg", options={"optimizer": "adam"}, steps=300, every=5, runs=30,
+             start=20, targets=(25, 30, 40, 60, 100, 180, 300)),
+        Case(name="mlp, adam", workload="mlp", options={"optimizer": "adam"}, steps=300, every=5, runs=30,
+             start=20, targets=(25, 30, 40, 60, 100, 180, 300)),
+        Case(name="digits-cnn, adam", workload="digits-cnn", steps=600, every=20, runs=runs,
+             start=80, targets=(100, 120, 160, 240, 360, 600)),
+        Case(name="nas-cnn on digits, sgd", workload="nas-cnn", options={"data": "digits"}, steps=400, every=10,
+             runs=runs, start=40, targets=(50, 60, 80, 120, 200, 400)),
+    ]  # fmt: skip
+    rows = [row for case in cases for row in weighed(case, [LFD2, far], arguments)]
+    notes = ["Worth: training steps that bring the same held-out loss, against keeping w_n (median over runs); net",
+             "takes off one held-out evaluation. A horizon is useful where net is above 0."]  # fmt: skip
+    columns = ("equivalent_steps", "net_steps", "loss")
+    text = table(pooled(rows), "How far ahead is useful", "make horizon", columns, notes)
+    finish("horizon", rows, text, arguments, drawn="digits-cnn, adam", quantity="loss")
+
+
+def distilbert(arguments: argparse.Namespace) -> None:
+    if arguments.store is None:
+        raise SystemExit("distilbert: record one first (README, `farcli record distilbert`), and pass --store.")
+    store = Trajectory.open(arguments.store)
+    start, later = store.steps[CONTEXT - 1], store.steps[CONTEXT:]
+    targets = sorted({later[int(i)] for i in np.geomspace(1, len(later), 6).round() - 1})
+    rows: Rows = []
+    # One run: the map is fitted on its first half's steps and judged further on, which is said in the table.
+    file = arguments.runs / "distilbert.safetensors"
+    fit("lfd2", [arguments.store], file, context=CONTEXT, targets=",".join(map(str, targets)), replace=True,
+        memory=512_000_000, device="cpu")  # fmt: skip
+    found = evaluate([str(file)], arguments.store, runs="all", targets=",".join(map(str, targets)), device="cpu")
+    rows += [{"case": f"{arguments.store}, from step {start}", "seed": 0, **row} for row in found]
+    notes = [
+        "IN SAMPLE: one run, on which the map was fitted too; it shows streaming, and an upper bound of the skill."
+    ]
+    columns = ("skill", "loss", "equivalent_steps")
+    text = table(pooled(rows), "A real fine-tuning, streamed", "make lfd-distilbert STORE=…", columns, notes)
+    finish("lfd-distilbert", rows, text, arguments, drawn=rows[0]["case"], quantity="loss")
+
+
+EXPERIMENTS = {
+    "syn1": syn1,
+    "ablation": ablation,
+    "cnn": cnn,
+    "break": breaking,
+    "horizon": horizon,
+    "distilbert": distilbert,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiment", choices=list(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, help="data seeds 0, 1, …; 2, or 5 with --full, when not said")
+    parser.add_argument("--full", action="store_true", help="more runs and seeds")
+    parser.add_argument("--store", help="a recorded fine-tuning")
+    parser.add_argument("--runs", type=Path, default=Path("runs/lfd"), help="where recordings are kept")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    arguments = parser.parse_args()
+    arguments.seeds = arguments.seeds or (5 if arguments.full else 2)
+    arguments.runs = arguments.runs / ("full" if arguments.full else "small")
+    torch.set_num_threads(1)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    EXPERIMENTS[arguments.experiment](arguments)
+
+
+if __name__ == "__main__":
+    main()
