@@ -6,7 +6,7 @@ come to it from `farcli.stream`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Generic, Self, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 from torch import Generator, Tensor, device, float64, nn
 
 from farcli.errors import StoreError, UsageError
+from farcli.forecasters.update_rules import UpdateRule
 from farcli.layout import Layout, Segment
 
 T = TypeVar("T")
@@ -207,8 +208,52 @@ class Forecaster(ABC):
         """
 
 
+class TrainingLoss(ABC):
+    """The training loss of the training runs, at any weights: of training data, never of held-out data."""
+
+    @abstractmethod
+    def at(self, weights_D: Tensor, run: int, batch: int) -> Tensor:
+        """A scalar that gradients flow through.
+
+        Args:
+            weights_D: parameters, without buffers; those are the run's own at the last observed snapshot.
+            run: its position among the training runs.
+            batch: which of its `batches` batches.
+        """
+
+    @property
+    @abstractmethod
+    def batches(self) -> int:
+        """How many batches each run has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """What is known of the training runs beside their weights; looked up only by methods that ask.
+
+    Attributes:
+        optimizer: the update rule of all training runs, constant over training; None where the stores do not say.
+        loss: their training loss; None where no workload is named.
+    """
+
+    optimizer: Callable[[], UpdateRule | None] = lambda: None
+    loss: Callable[[], TrainingLoss | None] = lambda: None
+
+
 class FittedForecaster(Forecaster):
     """A forecaster that holds what it learned from training runs."""
+
+    def prepared(self, problem: Problem, known: Known) -> Self:
+        """The forecaster with its choices made that depend on the problem, before anything is read.
+
+        Raises:
+            UsageError: what it needs to know is not known.
+        """
+        return self
+
+    def notes(self) -> dict[str, str | float | list[float]]:
+        """What a user should know of how it was fitted, by name; goes into the row that `fit` returns and its file."""
+        return {}
 
     @property
     @abstractmethod

@@ -251,6 +251,19 @@ class Lfd2(SolvedForecaster):
                     self._guard.forecasts(part.slot, rows_H, out_BHN)
         return forecast_BHD
 
+    def forecasts_left_out(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+        """What maps fitted without them say of the training runs, in their order, just after the fit: [R, H, D]."""
+        problem, fit = require_fitted("lfd2", self._problem), require_fitted("lfd2", self._fit)
+        rows_H = _rows(problem, prefix.steps_C, steps_H)
+        first_BD, last_BD = prefix.weights_BCD[:, 0].double(), prefix.weights_BCD[:, -1].double()
+        basis_B3D = torch.stack([first_BD, last_BD - first_BD, torch.ones_like(first_BD)], dim=1)
+        without_RK3H = fit.without_each()[list(prefix.runs_B)][..., rows_H]
+        parts = [
+            without_RK3H[:, min(part.slot, without_RK3H.shape[1] - 1)].mT @ basis_B3D[..., part.start : part.stop]
+            for part in prefix.segments
+        ]
+        return torch.cat(parts, dim=-1) + last_BD[:, None]
+
     def half_width(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor | None:
         """Half of the 90 % interval, the same for all coordinates of a tensor; None on another network."""
         problem = require_fitted("lfd2", self._problem)

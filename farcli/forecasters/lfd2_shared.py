@@ -388,12 +388,15 @@ class SharedFit:
     def sums(self) -> WeightedSums | ResidualSums:
         """Empty sums for one more pass: reweighted by the present residuals, or of the errors on runs left out."""
         if self.left is not None:
-            without_RKPH = self.left.without_RKPH
-            none_1PH = torch.zeros_like(without_RKPH[0, :1])  # of tensors that are not fitted nothing is counted
-            without_RK3H = torch.stack([self._in_weights(theta_KPH, none_1PH) for theta_KPH in without_RKPH])
             scale_SH = torch.where(self._error_SH > 0, self._error_SH, 1.0)
-            return ResidualSums(self._problem, without_RK3H, scale_SH)
+            return ResidualSums(self._problem, self.without_each(), scale_SH)
         return WeightedSums(self._problem, self.delta_K3H, self._scale_S, self._floor_H)
+
+    def without_each(self) -> Tensor:
+        """The maps fitted without one run, in the weights' units: [R, K, 3, H]."""
+        assert self.left is not None
+        none_1PH = torch.zeros_like(self.left.theta_KPH[:1])  # of tensors that are not fitted nothing is said
+        return torch.stack([self._in_weights(theta_KPH, none_1PH) for theta_KPH in self.left.without_RKPH])
 
     def calibrated(self, sums: ResidualSums) -> "SharedFit":
         """The same fit, with intervals."""

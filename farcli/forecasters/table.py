@@ -7,6 +7,7 @@ FORECASTERS = {
     "quadratic": "farcli.forecasters.quadratic:Quadratic",
     "lsq-line": "farcli.forecasters.lsq_line:LsqLine",
     "lfd2": "farcli.forecasters.lfd2:Lfd2",
+    "far": "farcli.forecasters.far:Far",
     "aitken": "farcli.forecasters.aitken:Aitken",
     "dmd": "farcli.forecasters.dmd:Dmd",
     "ema": "farcli.forecasters.ema:Ema",

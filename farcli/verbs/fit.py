@@ -2,19 +2,30 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from farcli.artefact import Artefact, build, load, save
-from farcli.errors import NonFiniteError, UsageError
+from farcli.errors import FarcliError, NonFiniteError, UsageError
 from farcli.files import check_outcome
 from farcli.fitting import DivergedError, descend, solve
-from farcli.forecasters.base import Forecaster, Prefix, Problem, SolvedForecaster, TrainedForecaster
+from farcli.forecasters.base import (
+    FittedForecaster,
+    Forecaster,
+    Known,
+    Prefix,
+    Problem,
+    SolvedForecaster,
+    TrainedForecaster,
+)
+from farcli.forecasters.update_rules import UpdateRule
 from farcli.forecasting import TrainingData, check_context, choose_context, choose_targets
 from farcli.provenance import provenance
-from farcli.stream import Stream, open_sources, require_finite, resolve_device
+from farcli.stream import Source, Stream, open_sources, require_finite, resolve_device
+from farcli.training import workload_of
 
 
 def fit(
@@ -94,10 +105,13 @@ def fit(
         layout=first.layout,
         coordinates=first.layout.parameters,
         runs=sum(len(source.runs) for source in sources),
-        steps_C=forecaster.observed(steps_C),
+        steps_C=steps_C,
         steps_H=steps_H,
         memory=memory // 2,
     )
+    if isinstance(forecaster, FittedForecaster):
+        forecaster = forecaster.prepared(problem, Known(optimizer=lambda: _update_rule(sources, steps_H[-1])))
+    problem = replaced(problem, steps_C=forecaster.observed(steps_C))
     training = [TrainingData.of(source).to_json() for source in sources]
     row = {
         "path": str(output),
@@ -159,8 +173,24 @@ def fit(
                 require_finite(block.truth_BHD, block, path, steps_H)
             raise
     seconds = time.perf_counter() - began
+    if isinstance(forecaster, FittedForecaster):
+        found |= forecaster.notes()
     keep(forecaster, **found)
     return row | {"seconds": seconds} | found
+
+
+def _update_rule(sources: Sequence[Source], last: int) -> UpdateRule | None:
+    """The update rule of all these runs up to step `last`; None where it is not known, not one, or not constant."""
+    rules = set()
+    for source in sources:
+        try:
+            workload = workload_of(source.trajectory.header)
+        except FarcliError:  # of another version, or its data are not here: then its rule is not known here
+            return None
+        if workload is None or any(workload.rate(step) != 1 for step in range(last)):
+            return None
+        rules.add(UpdateRule.of(workload.optimizer(workload.model([0]))))
+    return rules.pop() if len(rules) == 1 else None
 
 
 def _silent(done: float, total: float, text: str) -> None:

@@ -1,0 +1,273 @@
+"""Update rules against torch.optim; identification against quadratics whose truth is known."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from farcli.errors import UsageError
+from farcli.fitting import solve
+from farcli.forecasters.base import Known, Prefix, Problem
+from farcli.forecasters.far import Far
+from farcli.forecasters.identification import Experiment, forecast, identify, infer, simulate, unpack
+from farcli.forecasters.update_rules import UpdateRule
+from farcli.layout import layout_of
+
+OPTIMISERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.02, "weight_decay": 0.01}),
+    "momentum": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
+    "adam": (torch.optim.Adam, {"lr": 0.02, "betas": (0.8, 0.99), "weight_decay": 0.01}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "alpha": 0.9, "weight_decay": 0.01}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.1}),
+}
+SEEN, LAST = (1, 2, 3, 4), 60
+LAYOUT = layout_of([("w", (1,), "float64", "parameter"), ("b", (1,), "float64", "parameter")])
+
+
+def quadratics(runs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """w* [R, 2], H [R, 2, 2] and w_0 [R, 2] of runs that resemble each other."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    factor_RDD = torch.tensor([[0.9, 0.0], [0.2, 1.3]], dtype=torch.float64) + 0.05 * normal(runs, 2, 2).tril()
+    optimum_RD = torch.tensor([2.0, -1.0], dtype=torch.float64) + 0.1 * normal(runs, 2)
+    return optimum_RD, factor_RDD @ factor_RDD.mT, 0.5 * normal(runs, 2)
+
+
+def trained(name: str, optimum_RD: Tensor, hessian_RDD: Tensor, start_RD: Tensor, noise: float = 0.0) -> Tensor:
+    """Weights after every update by torch.optim itself, [R, 1 + LAST, 2]."""
+    kind, options = OPTIMISERS[name]
+    weights_RD = torch.nn.Parameter(start_RD.clone())
+    optimizer, rows = kind([weights_RD], **options), [start_RD.clone()]
+    generator = torch.Generator().manual_seed(7)
+    for _ in range(LAST):
+        gradient_RD = (hessian_RDD @ (weights_RD.detach() - optimum_RD)[..., None])[..., 0]
+        kick_RD = torch.randn(start_RD.shape, generator=generator, dtype=torch.float64)
+        weights_RD.grad = gradient_RD + noise * kick_RD
+        optimizer.step()
+        rows.append(weights_RD.detach().clone())
+    return torch.stack(rows, dim=1)
+
+
+def experiment_of(name: str, precision: float = 1e-9) -> Experiment:
+    kind, options = OPTIMISERS[name]
+    rule = UpdateRule.of(kind([torch.nn.Parameter(torch.zeros(1))], **options))
+    assert rule is not None
+    return Experiment(rule=rule, seen=SEEN, targets=(LAST,), precision=precision)
+
+
+def theta_of(optimum_RD: Tensor, hessian_RDD: Tensor) -> Tensor:
+    factor_RDD = torch.linalg.cholesky(hessian_RDD)
+    row, column = torch.tril_indices(2, 2)
+    return torch.cat([optimum_RD, factor_RDD[:, row, column]], dim=1)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_simulation_is_what_torch_does(name: str) -> None:
+    truth = quadratics(4, 0)
+    expected_RTD = trained(name, *truth)
+    # Near their optimum rules that follow a gradient's sign amplify rounding without bound.
+    found_RTD = simulate(experiment_of(name).rule, theta_of(*truth[:2]), truth[2], range(1, 31))
+    torch.testing.assert_close(found_RTD, expected_RTD[:, 1:31], rtol=1e-10, atol=1e-10)
+
+
+def test_packing() -> None:
+    optimum_RD, hessian_RDD, _ = quadratics(3, 1)
+    again_RD, factor_RDD = unpack(theta_of(optimum_RD, hessian_RDD), 2)
+    torch.testing.assert_close(again_RD, optimum_RD)
+    torch.testing.assert_close(factor_RDD @ factor_RDD.mT, hessian_RDD)
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum"])
+def test_exact_quadratics_are_recovered(name: str) -> None:
+    """From four updates of each new run: to 5e-3, where runs differ by .1, and their ends likewise."""
+    truth = quadratics(20, 2)
+    weights_RTD = trained(name, *truth)
+    train, test = weights_RTD[:14], weights_RTD[14:]
+    experiment = experiment_of(name)
+    population = identify(experiment, train[:, :5], train[:, -1]).population
+    theta_RP, _ = infer(experiment, population, test[:, :5])
+    optimum_RD, factor_RDD = unpack(theta_RP, 2)
+    torch.testing.assert_close(optimum_RD, truth[0][14:], rtol=0, atol=5e-3)
+    torch.testing.assert_close(factor_RDD @ factor_RDD.mT, truth[1][14:], rtol=0, atol=2e-2)
+    found_RHD, _ = forecast(experiment, population, test[:, :5])
+    torch.testing.assert_close(found_RHD[:, 0], test[:, -1], rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("name", ["adam", "rmsprop", "adagrad"])
+def test_forecasts_by_scale_free_rules(name: str) -> None:
+    """Their first updates hardly show H; still the error is a small part of that of the training runs' mean."""
+    truth = quadratics(24, 3)
+    weights_RTD = trained(name, *truth)
+    train, test = weights_RTD[:16], weights_RTD[16:]
+    experiment = experiment_of(name)
+    population = identify(experiment, train[:, :5], train[:, -1]).population
+    found_RHD, _ = forecast(experiment, population, test[:, :5])
+    error = (found_RHD[:, 0] - test[:, -1]).square().mean()
+    assert error < 0.1 * (train[:, -1].mean(0) - test[:, -1]).square().mean()
+
+
+def test_noise_is_seen_and_said() -> None:
+    """Under gradient noise the forecast is still better than the mean, and says how far off it may be."""
+    truth = quadratics(60, 4)
+    weights_RTD = trained("sgd", *truth, noise=0.3)
+    train, test = weights_RTD[:20], weights_RTD[20:]
+    experiment = experiment_of("sgd")
+    population = identify(experiment, train[:, :5], train[:, -1]).population
+    found_RHD, std_RHD = forecast(experiment, population, test[:, :5])
+    error_RD = found_RHD[:, 0] - test[:, -1]
+    assert error_RD.square().mean() < 0.95 * (train[:, -1].mean(0) - test[:, -1]).square().mean()
+    assert 0.5 < float((error_RD / std_RHD[:, 0]).square().mean().sqrt()) < 2
+
+
+def test_without_each_is_the_population_of_the_others() -> None:
+    truth = quadratics(8, 5)
+    weights_RTD = trained("sgd", *truth)
+    found = identify(experiment_of("sgd"), weights_RTD[:, :5], weights_RTD[:, -1])
+    left = found.without_each()
+    others = torch.arange(8) != 3
+    torch.testing.assert_close(left.mean_RP[3], found.theta_RP[others].mean(0))
+    spread_DD = torch.cov(found.theta_RP[others].T) + found.posterior_RPP[others].mean(0)
+    torch.testing.assert_close(left.covariance_RPP[3, :2, :2], spread_DD[:2, :2], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_rules_survive_text(name: str) -> None:
+    rule = experiment_of(name).rule
+    assert UpdateRule.parse(rule.text) == rule
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+        (torch.optim.Adam, {"lr": 0.1, "amsgrad": True}),
+        (torch.optim.RMSprop, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.NAdam, {"lr": 0.1}),
+    ],
+)
+def test_rules_that_are_not_known_are_not_taken_for_others(kind: Any, options: dict[str, Any]) -> None:
+    assert UpdateRule.of(kind([torch.nn.Parameter(torch.zeros(1))], **options)) is None
+
+
+def test_groups_that_differ_are_no_one_rule() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": [parameters[0]], "lr": 0.1}, {"params": [parameters[1]], "lr": 0.2}]
+    assert UpdateRule.of(torch.optim.SGD(groups)) is None
+
+
+# ------------------------------------------------------------------------- far
+
+
+def problem_of(runs: int) -> Problem:
+    return Problem(layout=LAYOUT, coordinates=2, runs=runs, steps_C=(0, *SEEN), steps_H=(30, LAST), memory=10**8)
+
+
+def block_of(weights_RTD: Tensor) -> tuple[Prefix, Tensor]:
+    prefix = Prefix(
+        weights_BCD=weights_RTD[:, :5],
+        steps_C=(0, *SEEN),
+        layout=LAYOUT,
+        start=0,
+        runs_B=tuple(range(len(weights_RTD))),
+    )
+    return prefix, weights_RTD[:, [30, LAST]]
+
+
+def known(name: str) -> Known:
+    return Known(optimizer=lambda: experiment_of(name).rule)
+
+
+def far_on(weights_RTD: Tensor, name: str | None, **options: Any) -> Far:
+    problem = problem_of(len(weights_RTD))
+    forecaster = Far(Far.Config(**options)).prepared(problem, known(name) if name else Known())
+    problem = replace(problem, steps_C=forecaster.observed(problem.steps_C))
+    rows = [(0, *SEEN).index(step) for step in problem.steps_C]
+    prefix, truth_BHD = block_of(weights_RTD)
+    prefix = replace(prefix, weights_BCD=prefix.weights_BCD[:, rows], steps_C=problem.steps_C)
+    return solve(forecaster, problem, lambda: [(prefix, truth_BHD)])
+
+
+def test_far_identifies_where_it_can_and_says_so() -> None:
+    weights_RTD = trained("sgd", *quadratics(16, 6))
+    fitted = far_on(weights_RTD[:12], "sgd")
+    assert fitted.notes()["chosen"] == "identify"
+    assert "by sgd" in str(fitted.notes()["because"])
+    prefix, truth_BHD = block_of(weights_RTD[12:])
+    torch.testing.assert_close(fitted.forecast(prefix, (30, LAST)), truth_BHD, rtol=0, atol=1e-3)
+    again = Far.restore(fitted.config, problem_of(12), fitted.tensors())
+    assert torch.equal(again.forecast(prefix, (30, LAST)), fitted.forecast(prefix, (30, LAST)))
+    half_BHD = fitted.half_width(prefix, (LAST,))
+    assert half_BHD is not None
+    assert half_BHD.shape == (4, 1, 2)
+    assert torch.equal(again.half_width(prefix, (LAST,)), half_BHD)
+    with pytest.raises(UsageError, match="far was fitted on snapshots at steps 0, 1, 2, 3, 4, but this context has"):
+        fitted.forecast(replace(prefix, steps_C=(5, 6, 7, 8, 9)), (30,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "message"),
+    [
+        ({"coordinates": 17}, "sgd", "D = 17 parameters are more than 16"),
+        ({"steps_C": (4, 5, 6)}, "sgd", "the context begins at step 4"),
+        ({"steps_H": (30_000,)}, "sgd", "step 30000 is more than 20000 updates away"),
+        ({}, None, "name no update rule"),
+    ],
+)
+def test_far_says_why_it_does_not_identify(changes: dict[str, Any], rule: str | None, message: str) -> None:
+    problem = replace(problem_of(5), **changes)
+    given = known(rule) if rule else Known()
+    assert Far(Far.Config()).prepared(problem, given).config.method == "lfd2"
+    with pytest.raises(UsageError, match=f"far: method = identify cannot be: .*{message}"):
+        Far(Far.Config(method="identify")).prepared(problem, given)
+
+
+def test_far_takes_a_rule_that_is_named() -> None:
+    weights_RTD = trained("momentum", *quadratics(6, 7))
+    rule = experiment_of("momentum").rule.text
+    assert far_on(weights_RTD, None, optimizer=rule).notes()["chosen"] == "identify"
+    with pytest.raises(ValueError, match="optimizer 'sdg', expected one of sgd, adam"):
+        Far.Config(optimizer="sdg lr=0.1")
+
+
+def test_far_falls_back_where_nothing_explains_the_runs() -> None:
+    """SGD at a rate under which every quadratic that moves diverges beyond all numbers."""
+    weights_RTD = trained("sgd", *quadratics(6, 8))
+    fitted = far_on(weights_RTD, None, optimizer="sgd lr=1e300")
+    assert fitted.notes()["chosen"] == "lfd2"
+    assert "identification failed" in str(fitted.notes()["because"])
+    prefix, _ = block_of(weights_RTD)
+    assert fitted.forecast(prefix, (30, LAST)).isfinite().all()
+    assert fitted.half_width(prefix, (30,)) is not None
+
+
+def test_far_keeps_w_n_where_its_own_runs_advise_it() -> None:
+    """At step 30 each run is where it was at n, but for a coin's toss that nothing in its past tells."""
+    weights_RTD = torch.randn(10, LAST + 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights_RTD[:, 30] = weights_RTD[:, 4]
+    weights_RTD[:, 30] += torch.tensor([1.0, -1.0] * 5, dtype=torch.float64)[:, None] * 0.5
+    fitted = far_on(weights_RTD, None)
+    assert 30.0 in fitted.notes()["keeps_w_n_at"]  # pyright: ignore[reportOperatorIssue]
+    prefix, _ = block_of(weights_RTD)
+    assert torch.equal(fitted.forecast(prefix, (30,))[:, 0], weights_RTD[:, 4])
+
+
+def test_far_on_runs_that_do_not_move() -> None:
+    weights_RTD = torch.ones(6, LAST + 1, 2, dtype=torch.float64)
+    for rule in ("sgd", "adam", None):
+        fitted = far_on(weights_RTD, rule)
+        prefix, truth_BHD = block_of(weights_RTD)
+        np.testing.assert_allclose(fitted.forecast(prefix, (30, LAST)), truth_BHD, atol=1e-6)
+
+
+def test_far_with_too_few_runs() -> None:
+    weights_RTD = trained("sgd", *quadratics(2, 9))
+    for rule in ("sgd", None):
+        with pytest.raises(UsageError, match=r"far: .*needs at least 3 training runs, found 2"):
+            far_on(weights_RTD, rule)
