@@ -43,7 +43,8 @@ from farcli.workloads.optimisation import (
 from farcli.workloads.randomness import seeded, shuffled
 from farcli.workloads.texts import GET_MINILM, Sentences, labelled_sentences, placed, require_digest
 
-_LR = {"sgd": 0.02, "momentum": 0.002, "adam": 5e-5, "adamw": 5e-5, "rmsprop": 2e-5, "adagrad": 1e-3}
+# After 60 steps of 16 with MiniLM: loss .45 with rmsprop, .46 adagrad, .63 sgd, .67 momentum; adamw .45 after 75 of 32.
+_LR = {"sgd": 0.1, "momentum": 0.01, "adam": 5e-5, "adamw": 5e-5, "rmsprop": 2e-5, "adagrad": 2e-4}
 _WEIGHT_DECAY = {"adamw": 0.01}
 _JUDGED_AT_ONCE = 64
 _JUDGED_SEED = 0

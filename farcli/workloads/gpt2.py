@@ -44,7 +44,8 @@ from farcli.workloads.texts import GET_VOCABULARY, placed, require_digest, runni
 
 # Each the best of 2 to 4, a factor of 2 or 3 apart, after 300 steps of a network of 120,576 parameters.
 _LR = {"sgd": 0.1, "momentum": 0.03, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 5e-4, "adagrad": 5e-3}
-_LR_PRETRAINED = {"sgd": 0.01, "momentum": 1e-3, "adam": 5e-5, "adamw": 5e-5, "rmsprop": 5e-5, "adagrad": 1e-3}
+# Leap+Verify's for adamw (arXiv 2602.19580); the others, untried here without such weights, are distilbert's.
+_LR_PRETRAINED = {"sgd": 0.1, "momentum": 0.01, "adam": 5e-5, "adamw": 5e-5, "rmsprop": 2e-5, "adagrad": 2e-4}
 _WEIGHT_DECAY = {"adamw": 0.01}
 _SIZES = {"layers": 4, "heads": 4, "width": 128, "context": 128}
 _STORED = {"layers": "layer", "heads": "head", "width": "embd", "positions": "positions"}
