@@ -8,6 +8,7 @@ FORECASTERS = {
     "lsq-line": "farcli.forecasters.lsq_line:LsqLine",
     "lfd2": "farcli.forecasters.lfd2:Lfd2",
     "far": "farcli.forecasters.far:Far",
+    "loss-lfd": "farcli.forecasters.loss_lfd:LossLfd",
     "aitken": "farcli.forecasters.aitken:Aitken",
     "dmd": "farcli.forecasters.dmd:Dmd",
     "ema": "farcli.forecasters.ema:Ema",

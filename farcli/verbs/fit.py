@@ -26,6 +26,7 @@ from farcli.forecasting import TrainingData, check_context, choose_context, choo
 from farcli.provenance import provenance
 from farcli.stream import Source, Stream, open_sources, require_finite, resolve_device
 from farcli.training import workload_of
+from farcli.verbs.training_loss import training_loss
 
 
 def fit(
@@ -110,7 +111,10 @@ def fit(
         memory=memory // 2,
     )
     if isinstance(forecaster, FittedForecaster):
-        forecaster = forecaster.prepared(problem, Known(optimizer=lambda: _update_rule(sources, steps_H[-1])))
+        known = Known(
+            optimizer=lambda: _update_rule(sources, steps_H[-1]), loss=lambda: training_loss(sources, steps_C[-1])
+        )
+        forecaster = forecaster.prepared(problem, known)
     problem = replaced(problem, steps_C=forecaster.observed(steps_C))
     training = [TrainingData.of(source).to_json() for source in sources]
     row = {

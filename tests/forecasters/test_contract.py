@@ -12,7 +12,7 @@ from farcli.errors import ResourceError, StoreError, UsageError
 from farcli.fitting import descend
 from farcli.forecasters.base import FittedForecaster, Forecaster, SolvedForecaster, TrainedForecaster
 from farcli.forecasters.table import FORECASTERS
-from tests.forecasters.trajectories import LAYOUT, REQUIRED, Data, create, drifting, fitted, is_joint
+from tests.forecasters.trajectories import KNOWN, LAYOUT, REQUIRED, Data, create, drifting, fitted, is_joint
 
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "linear": [{"span": 0}, {"span": 3}],
@@ -172,6 +172,7 @@ def test_order_and_parts_of_the_data_do_not_matter(name: str, options: dict[str,
     forecaster = create(name, **options)
     assert isinstance(forecaster, SolvedForecaster)
     problem = data.problem()
+    forecaster = forecaster.prepared(problem, KNOWN)
     joint = is_joint(forecaster)
     blocks = list(data.passes((), ((4,), (1, 3), (0, 2)))() if joint else data.passes((50, 62), ((4, 0), (2, 1, 3)))())
     one, two, whole = forecaster.sums(problem), forecaster.sums(problem), forecaster.sums(problem)
@@ -249,6 +250,9 @@ def test_description(name: str, options: dict[str, Any]) -> None:
         ("transformer", {"width": 30}, "width = 30 is no multiple of heads = 4"),
         ("lfd2", {"beta": -0.1}, "beta = -0.1"),
         ("lfd2", {"ridge": float("nan")}, "ridge = nan"),
+        ("loss-lfd", {"updates": 0}, "updates = 0"),
+        ("loss-lfd", {"lr": 0.0}, "lr = 0.0"),
+        ("far", {"optimizer": "adam"}, "expected a learning rate above 0"),
         ("lfd2", {"max_passes": 0}, "max_passes = 0"),
         ("lfd2", {"ridge": "loo", "loss": "l1"}, "ridge = loo is for loss = squared"),
         ("lfd2", {"intervals": True, "beta": 1.0}, "intervals = True is for loss = squared and beta = 0"),

@@ -1,0 +1,274 @@
+"""loss-lfd: a leap along a run's own recent motion, fitted on loss instead of on future weights.
+
+Shape suffixes: B runs of a block, R training runs, D coordinates, H horizons, S tensors, J = 3 displacements.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, final
+
+import torch
+from torch import Tensor
+
+from farcli.config import format_size
+from farcli.errors import ResourceError, UsageError
+from farcli.forecasters.base import (
+    Coupling,
+    Known,
+    Prefix,
+    Problem,
+    SolvedForecaster,
+    Sums,
+    TrainingLoss,
+    require_fitted,
+    require_future,
+    stored,
+)
+from farcli.forecasters.leave_one_out import LEAST_RUNS
+
+_FOLDS = 4
+_ROWS = 4
+"""w_0, w_{n−2}, w_{n−1}, w_n."""
+
+
+@final
+class PrefixRows(Sums):
+    """The four snapshots of every run, by position: what other parts hold is 0 here, so parts add up."""
+
+    def __init__(self, problem: Problem) -> None:
+        need_each = 2 * _ROWS * 4 * problem.runs  # twice: the parts of a pass are merged
+        if need_each * problem.coordinates > problem.memory:
+            raise ResourceError(
+                f"loss-lfd: {problem.runs} runs of D = {problem.coordinates} parameters need "
+                f"{format_size(need_each * problem.coordinates)}, but the budget is {format_size(problem.memory)}, "
+                f"which allows D = {problem.memory // need_each}.",
+                "Raise --memory, or learn from fewer runs with --train-runs.",
+            )
+        self.rows_RCD = torch.zeros(problem.runs, _ROWS, problem.coordinates)
+
+    def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
+        """Take one block in; the future is not looked at."""
+        stop = min(prefix.start + prefix.weights_BCD.shape[-1], self.rows_RCD.shape[-1])
+        width = max(0, stop - prefix.start)
+        own_BCD = _four(prefix)[..., :width].cpu().float()
+        self.rows_RCD[list(prefix.runs_B), :, prefix.start : prefix.start + width] = own_BCD
+
+    def merge(self, other: Any) -> None:
+        """Take in another part's runs."""
+        self.rows_RCD += other.rows_RCD
+
+    @property
+    def finite(self) -> bool:
+        """Whether every number is finite."""
+        return bool(self.rows_RCD.sum().isfinite())
+
+
+@final
+class LossLfd(SolvedForecaster):
+    """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}), with a, b, c of each tensor.
+
+    Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches of their training data;
+    held-out data, which `eval` reports on, are never looked at. No future weights are needed, and the forecast is the
+    same at every step: where loss is least along these directions. Runs are left out in up to 4 folds: where their
+    loss at ŵ, on batches of its own, is not below that at w_n by one standard error, a = b = c = 0 and w_n is kept.
+
+    Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and two more.
+    Differs: no target step; BatchNorm statistics are those at w_n.
+    """
+
+    reference = "ours: LFD-2's columns fitted on training loss at the forecast instead of on future weights"
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        updates: int = field(default=200, metadata={"help": "updates of each fit"})
+        batch: int = field(default=4, metadata={"help": "runs an update, each on one batch of its own"})
+        lr: float = field(default=0.05, metadata={"help": "Adam's learning rate at the start"})
+        seed: int = field(default=0, metadata={"help": "of the order of runs and batches"})
+
+        def __post_init__(self) -> None:
+            for name, least in (("updates", 1), ("batch", 1), ("seed", 0)):
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name} = {getattr(self, name)}, expected {least} or more.")
+            if not 0 < self.lr < float("inf"):
+                raise ValueError(f"lr = {self.lr}, expected a finite number above 0.")
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._loss: TrainingLoss | None = None
+        self._problem: Problem | None = None
+        self._theta_SJ: Tensor | None = None
+        self._gain = (float("nan"), float("nan"))
+
+    @property
+    def config(self) -> Config:
+        """The options."""
+        return self._config
+
+    @property
+    def coupling(self) -> Coupling:
+        """Coordinate-wise: whole vectors are only held for the fit."""
+        return Coupling.COORDINATEWISE
+
+    @property
+    def transferable(self) -> bool:
+        """False: coefficients belong to tensors."""
+        return False
+
+    @property
+    def min_context(self) -> int:
+        """Three snapshots."""
+        return 3
+
+    def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
+        """w_0, w_{n−2}, w_{n−1}, w_n."""
+        require_future("loss-lfd", self.min_context, steps_C, ())
+        return tuple(dict.fromkeys((steps_C[0], *steps_C[-3:])))
+
+    def prepared(self, problem: Problem, known: Known) -> Self:
+        """Take the training loss.
+
+        Raises:
+            UsageError: there is none, or too few runs to leave some out.
+        """
+        if (loss := known.loss()) is None:
+            raise UsageError(
+                "loss-lfd: the stores name no workload that can be built here, so there is no loss to fit on.",
+                "Use lfd2, which is fitted on weights.",
+            )
+        if problem.runs < LEAST_RUNS:
+            raise UsageError(
+                f"loss-lfd: leaving runs out needs at least {LEAST_RUNS} training runs, found {problem.runs}.",
+                "Record more runs.",
+            )
+        prepared = type(self)(self._config)
+        prepared._loss = loss
+        return prepared
+
+    def sums(self, problem: Problem) -> PrefixRows:
+        """Empty rows: 4 × R × D numbers."""
+        require_future("loss-lfd", self.min_context, problem.steps_C, problem.steps_H)
+        return PrefixRows(problem)
+
+    def solved(self, problem: Problem, sums: PrefixRows) -> Self:
+        """Fit on all runs, and on folds of them to see whether it helps."""
+        rows_RCD, runs = sums.rows_RCD, problem.runs
+        gains = []
+        for fold in range(min(_FOLDS, runs)):
+            out = range(fold, runs, min(_FOLDS, runs))
+            theta_SJ = self._descended(problem, rows_RCD, [run for run in range(runs) if run not in out])
+            kept, leapt = (
+                [self._loss_at(problem, rows_RCD, each, run) for run in out] for each in (0 * theta_SJ, theta_SJ)
+            )
+            gains += [before - after for before, after in zip(kept, leapt, strict=True)]
+        gain_R = torch.tensor(gains, dtype=torch.float64)
+        error = float(gain_R.std() / math.sqrt(runs))
+        fitted = type(self)(self._config)
+        fitted._loss, fitted._problem, fitted._gain = self._loss, problem, (float(gain_R.mean()), error)
+        fitted._theta_SJ = self._descended(problem, rows_RCD, range(runs)).double()
+        if not fitted._gain[0] > error:  # NaN included
+            fitted._theta_SJ.zero_()
+        return fitted
+
+    def _descended(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
+        config, loss, counts_S = self._config, require_fitted("loss-lfd", self._loss), _counts(problem)
+        theta_SJ = torch.zeros(len(problem.layout.floats), 3, requires_grad=True)
+        optimizer = torch.optim.Adam([theta_SJ], lr=config.lr)
+        generator = torch.Generator().manual_seed(config.seed)
+        train = max(1, loss.batches - 1)  # the last batch is for judging
+        best = torch.zeros_like(theta_SJ)
+        for update in range(config.updates):
+            optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * update / config.updates)) / 2
+            optimizer.zero_grad()
+            total = torch.zeros(())
+            for place in torch.randint(len(runs) * train, (config.batch,), generator=generator).tolist():
+                run = runs[place // train]
+                total = total + loss.at(_leapt(counts_S, rows_RCD[run], theta_SJ), run, place % train)
+            if not bool(total.isfinite()):
+                break  # what was best so far stands
+            best = theta_SJ.detach().clone()
+            (total / config.batch).backward()
+            optimizer.step()
+        return best
+
+    @torch.no_grad()
+    def _loss_at(self, problem: Problem, rows_RCD: Tensor, theta_SJ: Tensor, run: int) -> float:
+        loss, counts_S = require_fitted("loss-lfd", self._loss), _counts(problem)
+        return float(loss.at(_leapt(counts_S, rows_RCD[run], theta_SJ), run, loss.batches - 1))
+
+    def notes(self) -> dict[str, str | float | list[float]]:
+        """How much lower the training loss of runs left out was at the forecast than at w_n, and its standard error."""
+        mean, error = self._gain
+        found: dict[str, str | float | list[float]] = {"gain_left_out": mean, "gain_error": error}
+        if not require_fitted("loss-lfd", self._theta_SJ).any():
+            found["because"] = "no gain on runs left out: w_n is kept"
+        return found
+
+    def coefficients(self) -> list[dict[str, str | int | float]]:
+        """a, b, c of each tensor."""
+        problem = require_fitted("loss-lfd", self._problem)
+        theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
+        return [
+            {"tensor": slot.name, **dict(zip("abc", row, strict=True))}
+            for slot, row in zip(problem.layout.floats, theta_SJ.tolist(), strict=True)
+        ]
+
+    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+        """The leap, the same for every step: [B, H, D]."""
+        prefix.require("loss-lfd", self.min_context, steps_H)
+        problem = require_fitted("loss-lfd", self._problem)
+        problem.require_layout("loss-lfd", prefix.layout)
+        shift = prefix.steps_C[-1] - problem.steps_C[-1]
+        missing = next((step for step in steps_H if step - shift not in problem.steps_H), None)
+        if missing is not None:
+            raise UsageError(
+                f"loss-lfd was fitted to forecast {', '.join(str(s + shift) for s in problem.steps_H)} steps; "
+                f"step {missing} is not among them.",
+                "Fit again with that step in --to.",
+            )
+        theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
+        rows_BCD = _four(prefix)
+        leapt_BD = rows_BCD[:, 3].clone()
+        for segment in prefix.segments:
+            part = slice(segment.start, segment.stop)
+            own_J = theta_SJ[segment.slot].to(leapt_BD.dtype).to(leapt_BD.device)
+            leapt_BD[:, part] += torch.einsum("j,bjd->bd", own_J, rows_BCD[:, 3:, part] - rows_BCD[:, [0, 2, 1], part])
+        return leapt_BD[:, None].repeat(1, len(steps_H), 1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """a, b, c of each tensor, float64 [S, 3]; the gain on runs left out and its standard error."""
+        theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
+        return {"theta": theta_SJ.contiguous(), "gain": torch.tensor(self._gain, dtype=torch.float64)}
+
+    @classmethod
+    def restore(cls, config: Config, problem: Problem, tensors: Mapping[str, Tensor]) -> Self:
+        """The forecaster that `tensors` came from."""
+        fitted = cls(config)
+        fitted._problem = problem
+        fitted._theta_SJ = stored("loss-lfd", tensors, "theta", (len(problem.layout.floats), 3))
+        mean, error = stored("loss-lfd", tensors, "gain", (2,)).tolist()
+        fitted._gain = (mean, error)
+        return fitted
+
+
+def _four(prefix: Prefix) -> Tensor:
+    """w_0, w_{n−2}, w_{n−1}, w_n: [B, 4, D]."""
+    last = len(prefix.steps_C) - 1
+    return prefix.weights_BCD[:, [0, last - 2, last - 1, last]]
+
+
+def _counts(problem: Problem) -> Tensor:
+    """Fitted coordinates of each tensor, [S]."""
+    counts_S = torch.zeros(len(problem.layout.floats), dtype=torch.long)
+    for segment in problem.layout.segments(0, problem.coordinates):
+        counts_S[segment.slot] = segment.stop - segment.start
+    return counts_S
+
+
+def _leapt(counts_S: Tensor, rows_CD: Tensor, theta_SJ: Tensor) -> Tensor:
+    """The forecast of one run, with gradients for the coefficients: [D]."""
+    first_D, before_D, previous_D, last_D = rows_CD
+    a_D, b_D, c_D = theta_SJ.repeat_interleave(counts_S, dim=0).unbind(1)
+    return last_D + a_D * (last_D - first_D) + b_D * (last_D - previous_D) + c_D * (last_D - before_D)

@@ -1,0 +1,89 @@
+"""The training loss of recorded runs at any weights: what forecasters that are fitted on loss are handed."""
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from farcli.errors import FarcliError
+from farcli.forecasters.base import TrainingLoss
+from farcli.stream import Source
+from farcli.training import Network, threads, workload_of
+from farcli.workloads.base import Batch, Workload
+
+_BATCHES = 9
+"""Training batches of each run: the first ones it was trained on."""
+
+
+class _Loss(nn.Module):
+    """A network and its loss, so that weights can be given to both in one call."""
+
+    def __init__(self, workload: Workload, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self._workload = workload
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._workload.loss(self.network, batch)
+
+
+@final
+class WorkloadLoss(TrainingLoss):
+    """The loss of the workload that the stores were recorded from, on training batches.
+
+    In evaluation mode, with each run's BatchNorm statistics at the last observed step: as `eval` measures.
+
+    Args:
+        workload: of all sources.
+        sources: the training runs.
+        step: the last observed step.
+    """
+
+    def __init__(self, workload: Workload, sources: Sequence[Source], step: int) -> None:
+        self._workload = workload
+        self._layout = sources[0].trajectory.layout
+        self._loss = _Loss(workload, Network(workload, self._layout).model.eval())
+        self._seeds: list[int] = []
+        self._buffers: list[Tensor] = []
+        for source in sources:
+            trajectory = source.trajectory
+            seeds = dict(zip(trajectory.runs, trajectory.header["seeds"], strict=True))
+            for run in source.runs:
+                self._seeds.append(int(seeds[run]))
+                whole = trajectory.read([run], [step], self._layout.parameters, self._layout.size)[0, 0]
+                self._buffers.append(torch.from_numpy(whole))
+        self._held: dict[int, list[Batch]] = {}
+
+    @property
+    def batches(self) -> int:
+        """How many batches each run has."""
+        return _BATCHES
+
+    def at(self, weights_D: Tensor, run: int, batch: int) -> Tensor:
+        """The loss of one run's batch at these weights; gradients flow."""
+        if run not in self._held:
+            batches = self._workload.batches([self._seeds[run]])
+            self._held[run] = [next(batches) for _ in range(_BATCHES)]
+        vector_D = torch.cat([weights_D, self._buffers[run].to(weights_D.dtype)])
+        values: dict[str, Any] = {}
+        for slot in self._layout.floats:
+            own = vector_D[slot.offset : slot.stop].view(slot.shape).to(getattr(torch, slot.dtype))
+            values[f"network.{slot.name}"] = own[None] if self._workload.lockstep else own
+        with threads(self._workload.threads):
+            return functional_call(self._loss, values, (self._held[run][batch],)).sum()
+
+
+def training_loss(sources: Sequence[Source], step: int) -> WorkloadLoss | None:
+    """The training loss of these runs; None where their stores name no workload, or not one that can be built."""
+    header = sources[0].trajectory.header
+    try:
+        if any(source.trajectory.header.get("workload") != header.get("workload") for source in sources):
+            return None
+        workload = workload_of(header)
+        if workload is None or not all(isinstance(source.trajectory.header.get("seeds"), list) for source in sources):
+            return None
+        return WorkloadLoss(workload, sources, step)
+    except FarcliError:
+        return None
