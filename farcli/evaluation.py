@@ -15,7 +15,7 @@ from torch import Tensor
 from farcli import weights
 from farcli.errors import NonFiniteError, StoreError, UsageError
 from farcli.forecasters.base import Coupling
-from farcli.forecasting import Method, TrainingData, forecast_block, forecast_vectors
+from farcli.forecasting import Method, TrainingData, forecast_block, forecast_vectors, interval_block
 from farcli.metrics import DisplacementSums, LossCurve
 from farcli.policies import Buffers, EvalBuffers
 from farcli.store import Trajectory
@@ -94,6 +94,10 @@ class Candidate:
         values = self.stored.read(block.runs, setting.steps_H, block.prefix.start, block.stop)
         return torch.from_numpy(values).to(block.truth_BHD)
 
+    def half_width(self, block: Block, setting: Setting) -> Tensor | None:
+        """Half-widths of its 90 % intervals, [B, H, D]; None where it has none, or where it is a stored forecast."""
+        return None if self.method is None else interval_block(self.method, block.prefix, setting.steps_H)
+
     def vectors(self, setting: Setting) -> Iterator[tuple[int, int, np.ndarray]]:
         """Whole vectors, buffers included: (run, step, weights of shape [D])."""
         if self.method is not None:
@@ -147,6 +151,7 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Displacem
                     block.prefix.weights_BCD[:, -1],
                     candidates[index].block(block, setting),
                     block.truth_BHD,
+                    candidates[index].half_width(block, setting),
                 )
             setting.report(block.stop, layout.parameters, "weights")
     return sums

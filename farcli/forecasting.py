@@ -314,6 +314,15 @@ def forecast_block(method: Method, prefix: Prefix, steps_H: Sequence[int], buffe
     return torch.cat([method.forecaster.forecast(inner, steps_H), kept], dim=-1)
 
 
+def interval_block(method: Method, prefix: Prefix, steps_H: Sequence[int]) -> Tensor | None:
+    """Half-widths of the 90 % intervals of one block without buffers, [B, H, D]; None where there are none."""
+    if not isinstance(method.forecaster, FittedForecaster):
+        return None
+    rows = [prefix.steps_C.index(step) for step in method.observed]
+    seen = replace(prefix, weights_BCD=prefix.weights_BCD[:, rows], steps_C=method.observed)
+    return method.forecaster.half_width(seen, steps_H)
+
+
 def forecast_vectors(
     method: Method,
     source: Source,

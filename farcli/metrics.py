@@ -37,6 +37,9 @@ def bootstrap_interval(values_B: np.ndarray | Sequence[float], of: Callable[...,
     return float(low), float(high)
 
 
+_SUMS = ("error_BHS", "product_BHS", "forecast_BHS", "true_BHS", "width_BHS", "covered_BHS")
+
+
 @dataclass(slots=True)
 class DisplacementSums:
     """Sums over coordinates that decide the weight-space measures, per run, horizon and tensor.
@@ -51,9 +54,15 @@ class DisplacementSums:
     product_BHS: np.ndarray = field(init=False)
     forecast_BHS: np.ndarray = field(init=False)
     true_BHS: np.ndarray = field(init=False)
+    width_BHS: np.ndarray = field(init=False)
+    """Σ of the widths of 90 % intervals, where the forecast has any."""
+    covered_BHS: np.ndarray = field(init=False)
+    """How many coordinates lie within them."""
+    intervals: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.error_BHS, self.product_BHS, self.forecast_BHS, self.true_BHS = (np.zeros(self.shape) for _ in range(4))
+        for name in _SUMS:
+            setattr(self, name, np.zeros(self.shape))
 
     def add(
         self,
@@ -62,6 +71,7 @@ class DisplacementSums:
         last_BD: Tensor,
         forecast_BHD: Tensor,
         truth_BHD: Tensor,
+        half_BHD: Tensor | None = None,
     ) -> None:
         """Take in one block.
 
@@ -71,16 +81,21 @@ class DisplacementSums:
             last_BD: the last observed weights.
             forecast_BHD: the forecast.
             truth_BHD: the recorded future.
+            half_BHD: half-widths of the forecast's intervals; None where it has none.
         """
+        self.intervals = half_BHD is not None
         error = (forecast_BHD - truth_BHD).double()
         moved = (forecast_BHD - last_BD[:, None]).double()
         true = (truth_BHD - last_BD[:, None]).double()
-        for total, product in (
+        found = [
             (self.error_BHS, error * error),
             (self.product_BHS, moved * true),
             (self.forecast_BHS, moved * moved),
             (self.true_BHS, true * true),
-        ):
+        ]
+        if half_BHD is not None:
+            found += [(self.width_BHS, 2 * half_BHD.double()), (self.covered_BHS, (error.abs() <= half_BHD).double())]
+        for total, product in found:
             for segment in segments:
                 part = product[:, :, segment.start : segment.stop].sum(-1)
                 total[list(rows), :, segment.slot] += part.cpu().numpy()
@@ -90,7 +105,8 @@ class DisplacementSums:
         """The sums of the runs of several stores."""
         runs, horizons, tensors = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
         whole = cls((runs, horizons, tensors))
-        for name in ("error_BHS", "product_BHS", "forecast_BHS", "true_BHS"):
+        whole.intervals = all(part.intervals for part in parts)
+        for name in _SUMS:
             getattr(whole, name)[:] = np.concatenate([getattr(part, name) for part in parts])
         return whole
 
@@ -98,7 +114,7 @@ class DisplacementSums:
         """Mean squared error of each run; see `measures`."""
         return self.error_BHS[:, horizon, list(tensors)].sum(-1) / coordinates
 
-    def measures(self, tensors: Sequence[int], coordinates: int, horizon: int) -> dict[str, float]:
+    def measures(self, tensors: Sequence[int], coordinates: int, horizon: int) -> dict[str, float | None]:
         """MSE, skill and cosine over some tensors at one horizon, over all runs.
 
         Args:
@@ -110,7 +126,9 @@ class DisplacementSums:
             "mse": mean squared error, over runs and coordinates;
             "skill": 1 − MSE / MSE of persistence (1 perfect, 0 as good as keeping w_n);
             "cosine": cosine between forecast and true displacement, mean over runs; NaN where nothing
-            is forecast to move.
+            is forecast to move;
+            "width": mean width of the 90 % intervals, "covered": share of coordinates within them (.9 is right);
+            None where the forecast has none.
         """
         error, product, forecast, true = (
             total[:, horizon, list(tensors)].sum(-1)
@@ -124,6 +142,10 @@ class DisplacementSums:
             "mse": mse,
             "skill": 1.0 - mse / persistence if persistence > 0 else float("nan"),
             "cosine": float(cosine.mean()) if np.isfinite(cosine).all() else float("nan"),
+            **{
+                key: float(total[:, horizon, list(tensors)].sum(-1).mean() / coordinates) if self.intervals else None
+                for key, total in (("width", self.width_BHS), ("covered", self.covered_BHS))
+            },
         }
 
 

@@ -29,6 +29,8 @@ COLUMNS = (
     Column(key="mse", heading="mse", form=".2g", spare=2),
     Column(key="skill", heading="skill", form="+.2f"),
     Column(key="cosine", heading="cos.", form="+.2f", spare=3),
+    Column(key="width", heading="width", form=".2g", spare=6),
+    Column(key="covered", heading="within", form=".0%", spare=5),
     Column(key="loss", heading="loss", form=".3g"),
     Column(key="accuracy", heading="acc.", form=".3f", spare=4),
     Column(key="worth", heading="worth"),
@@ -180,12 +182,16 @@ def _title(inputs: list[str], rows: list[dict]) -> str:
 def _notes(rows: list[dict]) -> list[str]:
     notes = [
         "skill: 1 − mse / mse of persistence · worth: training steps of the recorded run that bring the same",
-        "held-out loss, against keeping the last observed weights (median over runs [95 % interval]) · better: such runs.",
+        "held-out loss, against keeping the last observed weights (median over runs [95 %]) · better: such runs.",
     ]
     by = next((row["ranked_by"] for row in rows if row.get("rank") is not None), None)
     if by is not None and rows[0]["runs"] > 1:
         what = "held-out loss" if by == "loss" else "mse"
         notes.append(f"#: place by mean {what} · =: not told apart from the first (95 % paired bootstrap over runs).")
+    if any(row.get("covered") is not None for row in rows):
+        notes.append(
+            "width: of the forecasts' 90 % intervals, mean over weights · within: weights inside; 90 % is right."
+        )
     if any(row["in_sample"] for row in rows):
         notes.append("* IN SAMPLE: fitted on runs that it is judged on here; these rows prove nothing.")
     if rows[0]["buffers"] is not None:

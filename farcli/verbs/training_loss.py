@@ -66,10 +66,12 @@ class WorkloadLoss(TrainingLoss):
         if run not in self._held:
             batches = self._workload.batches([self._seeds[run]])
             self._held[run] = [next(batches) for _ in range(_BATCHES)]
-        vector_D = torch.cat([weights_D, self._buffers[run].to(weights_D.dtype)])
         values: dict[str, Any] = {}
         for slot in self._layout.floats:
-            own = vector_D[slot.offset : slot.stop].view(slot.shape).to(getattr(torch, slot.dtype))
+            # Buffers apart from weights: BatchNorm refuses statistics that gradients flow through.
+            source, before = (weights_D, 0) if slot.role == "parameter" else (self._buffers[run], len(weights_D))
+            part = source[slot.offset - before : slot.stop - before]
+            own = part.view(slot.shape).to(getattr(torch, slot.dtype))
             values[f"network.{slot.name}"] = own[None] if self._workload.lockstep else own
         with threads(self._workload.threads):
             return functional_call(self._loss, values, (self._held[run][batch],)).sum()

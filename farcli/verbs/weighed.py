@@ -99,10 +99,10 @@ def weighed_rows(weighed: Sequence[Weighed], *, per_tensor: bool) -> list[dict[s
                 ]
         nobody = {**base, "in_sample": False, "tensor": None}
         truth = _Losses.of(weighed, None, step).measures(cost) if measured else no_loss
-        exact = {"mse": 0.0, "skill": 1.0, "cosine": 1.0}
+        exact = {"mse": 0.0, "skill": 1.0, "cosine": 1.0, "width": None, "covered": None}
         rows.append({**nobody, "method": TRUE, "role": "truth", **exact, **truth, **dict.fromkeys(_RANK_KEYS)})
         if first.measure is not None and first.measure.chance is not None:
-            empty = dict.fromkeys(("mse", "skill", "cosine", *_LOSS_KEYS, *_RANK_KEYS))
+            empty = dict.fromkeys(("mse", "skill", "cosine", "width", "covered", *_LOSS_KEYS, *_RANK_KEYS))
             rows.append({**nobody, "method": CHANCE, "role": "chance", **empty, **first.measure.chance})
     return rows
 

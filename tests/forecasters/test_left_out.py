@@ -2,13 +2,17 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import farcli
+from farcli.artefact import load
 from farcli.errors import UsageError
+from farcli.forecasters.base import Prefix
 from farcli.forecasters.intervals import Counts, quantile
 from farcli.forecasters.leave_one_out import PENALTIES
 from farcli.forecasters.lfd2 import Lfd2
@@ -136,3 +140,21 @@ def test_conformal_coverage_is_what_it_promises(runs: int) -> None:
     covered = (values[-1].abs() <= quantile(values[:-1])).double().mean()
     promised = min(math.ceil(0.9 * (runs + 1)), runs) / (runs + 1)
     assert float(covered) == pytest.approx(promised, abs=0.01)
+
+
+def test_eval_counts_what_lies_within(tmp_path: Path) -> None:
+    """`eval`'s width and coverage against the stored arrays."""
+    store, file = tmp_path / "runs.zarr", tmp_path / "lfd2.safetensors"
+    farcli.record("linreg", store, runs=12, steps=20, seed=5)
+    farcli.fit("lfd2", [str(store)], file, train_runs="0:8", options={"intervals": "true", "groups": "tensor"})
+    [row] = [row for row in farcli.evaluate([str(file)], str(store), targets="20") if row["method"] == "lfd2"]
+    artefact, truth = load(file), farcli.Trajectory.open(store)
+    weights_RTD = torch.from_numpy(truth.read([8, 9, 10, 11], [0, 4, 20], 0, 2))
+    prefix = Prefix(weights_BCD=weights_RTD[:, :2], steps_C=(0, 4), layout=truth.layout, start=0, runs_B=(0, 1, 2, 3))
+    assert isinstance(artefact.forecaster, Lfd2)
+    half_BHD = artefact.forecaster.half_width(prefix, (20,))
+    assert half_BHD is not None
+    error_BHD = artefact.forecaster.forecast(prefix, (20,)) - weights_RTD[:, 2:]
+    assert row["covered"] == pytest.approx(float((error_BHD.abs() <= half_BHD).double().mean()))
+    assert row["width"] == pytest.approx(float(2 * half_BHD.mean()), rel=1e-6)
+    assert {r["covered"] for r in farcli.evaluate(["linear"], str(store), targets="20")} == {None}
