@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
-.PHONY: help install data demo gfm-table1 gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
+.PHONY: help install data demo gfm-table1 far-d2 gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
 .PHONY: lfd-distilbert horizon bench-store bench-record test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
@@ -88,6 +88,10 @@ lfd-distilbert: $(VENV)/demo  ## LFD-2 on a recorded fine-tuning, STORE=runs/dis
 
 horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification, for four workloads
 	$(BIN)/python scripts/lfd_tables.py horizon $(FULL)
+
+far-d2: $(VENV)/demo  ## Weigh far on linear regressions, 20 seeds and the noise-free test bed, into scripts/results
+	$(BIN)/python scripts/far_d2.py
+	$(BIN)/python scripts/far_d2.py --full-batch
 
 # ------------------------------------------------------------------ benchmarks
 

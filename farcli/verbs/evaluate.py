@@ -96,8 +96,8 @@ def evaluate(
 
     Returns:
         Rows, per horizon and method. Keys: step, ahead (steps after the last observed one), method, role,
-        tensor (None for the whole), mse, skill, cosine, width, covered (see `DisplacementSums.measures`), loss, accuracy
-        (means over runs), equivalent_steps (median over runs of the training steps that the forecast is
+        tensor (None for the whole), mse, skill, cosine, width, covered (see `DisplacementSums.measures`), loss,
+        accuracy (means over runs), equivalent_steps (median over runs of the training steps that the forecast is
         worth, against keeping w_n), bounded (runs in which that is only a bound), net_steps (after paying
         one held-out evaluation), better (share of runs with a lower loss than w_n's), runs, stores, in_sample;
         of forecasts and yardsticks also ranked_by ("loss", or "mse" without one), rank (1 is best), behind (mean
