@@ -28,8 +28,8 @@ from farcli.forecasters.intervals import quantile
 from farcli.forecasters.lfd2 import Lfd2
 from farcli.forecasters.update_rules import UpdateRule
 
-_LARGEST = 16
-"""Parameters up to which a loss is identified: a Hessian has half their square."""
+_LARGEST = 4
+"""Parameters up to which a loss is identified: a Hessian has half their square, and 15 took over twenty minutes."""
 _LONGEST = 20_000
 """Updates up to which an optimiser is run on."""
 _HALF, _BELIEF = 0.5, 0.25
@@ -95,7 +95,7 @@ class _Physics:
 class Far(SolvedForecaster):
     """Optimiser-aware system identification where that can be, guarded LFD-2 otherwise, w_n where neither helps.
 
-    method=identify: for at most 16 parameters, runs seen from step 0 and a known update rule. See `identification`:
+    method=identify: for at most 4 parameters, runs seen from step 0 and a known update rule. See `identification`:
     per run the quadratic loss is estimated whose known optimiser explains w_0 … w_n, and the optimiser is run on.
     Averaged with LFD-2; its share is ½ before, and after what the training runs, left out one by one, say.
 

@@ -214,7 +214,7 @@ def test_far_identifies_where_it_can_and_says_so() -> None:
 @pytest.mark.parametrize(
     ("changes", "rule", "message"),
     [
-        ({"coordinates": 17}, "sgd", "D = 17 parameters are more than 16"),
+        ({"coordinates": 5}, "sgd", "D = 5 parameters are more than 4"),
         ({"steps_C": (4, 5, 6)}, "sgd", "the context begins at step 4"),
         ({"steps_H": (30_000,)}, "sgd", "step 30000 is more than 20000 updates away"),
         ({}, None, "name no update rule"),
