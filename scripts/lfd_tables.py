@@ -75,7 +75,7 @@ LFD2 = Asked(label="lfd2", method="lfd2")
 
 
 def recorded(case: Case, folder: Path, seed: int) -> Path:
-    store = folder / f"{case.name}-{seed}.zarr"
+    store = folder / f"{case.name}-{case.steps}-{case.every}-{case.runs}-{seed}.zarr"
     if (store / "zarr.json").exists():
         return store
     if case.made is None:
