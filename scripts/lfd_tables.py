@@ -124,11 +124,12 @@ def weighed(case: Case, methods: Sequence[Asked], arguments: argparse.Namespace)
             )
             files.append(str(file))
         found = evaluate(files, str(store), targets=",".join(map(str, case.targets)), device="cpu")
-        stems = {Path(file).stem: asked.label for file, asked in zip(files, methods, strict=True)}
-        for row in found:
-            inside = row["method"].partition("(")[2].rstrip(")")
-            label = stems.get(inside, methods[0].label if row["role"] == "forecast" else row["method"])
-            rows.append({"case": case.name, "seed": seed, **row, "method": label})
+        for step in case.targets:
+            members = [row for row in found if row["step"] == step]
+            named = [row for row in members if row["role"] == "forecast"]  # in the order they were named
+            for row, asked in zip(named, methods, strict=True):
+                row["method"] = asked.label
+            rows += [{"case": case.name, "seed": seed, **row} for row in members]
     return rows
 
 
