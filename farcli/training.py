@@ -17,7 +17,9 @@ from farcli import weights
 from farcli.config import configure, options_of
 from farcli.errors import FarcliError, StoreError, UsageError
 from farcli.files import staged_file
-from farcli.layout import Layout
+from farcli.layout import Layout, layout_of
+from farcli.recording.names import places_of
+from farcli.recording.picture import moments_of
 from farcli.registry import resolve
 from farcli.workloads.base import Workload, evaluating
 from farcli.workloads.optimisation import spanning
@@ -220,6 +222,24 @@ class TrainingRun:
     def _flat(self) -> tuple[np.ndarray, np.ndarray]:
         floats, integers = weights.flatten(self.model, self.layout)
         return np.atleast_2d(floats.numpy()), np.atleast_2d(integers.numpy())
+
+    def moments(self) -> tuple[Layout, np.ndarray]:
+        """A copy of what the optimiser keeps for each coordinate (Adam's moments), and its layout.
+
+        Returns:
+            Layout with tensors "name.exp_avg", "name.exp_avg_sq" or whatever else the optimiser keeps, empty
+            before the first step and for one that keeps nothing; vectors of shape [R, M].
+        """
+        lead = int(self.workload.lockstep)
+        places = moments_of(places_of(self.model), [self.optimizer])
+        tensors = [place.tensor().detach().cpu() for place in places]
+        layout = layout_of(
+            (place.name, tuple(tensor.shape[lead:]), str(tensor.dtype).removeprefix("torch."), "parameter")
+            for place, tensor in zip(places, tensors, strict=True)
+        )
+        wide = torch.float64 if any(slot.dtype == "float64" for slot in layout.slots) else torch.float32
+        rows = [tensor.to(wide).reshape(len(self._seeds), -1) for tensor in tensors]
+        return layout, (torch.cat(rows, dim=1) if rows else torch.empty(len(self._seeds), 0)).numpy()
 
     def load(self, vectors: np.ndarray | Tensor, integers: np.ndarray | Tensor | None = None) -> None:
         """Go on from other weights; optimiser state, step and data order stay as they are.

@@ -205,6 +205,44 @@ def test_a_schedule_and_its_optimiser_go_on_where_they_were(tmp_path: Path):
     assert Trajectory.open(path).header["workload"]["options"]["span"] == "25"
 
 
+@pytest.mark.parametrize("workload", ["linreg", "digits-cnn"])
+@pytest.mark.parametrize("stops", [(0,), (5, 8), (26, 20)])
+def test_adams_moments_are_stored_and_go_on_bit_for_bit(workload: str, stops: tuple[int, ...], tmp_path: Path):
+    arguments = DIGITS | {"workload": workload, "options": {"optimizer": "adam"}, "with_optimizer": True, "runs": 2}
+    path, straight = tmp_path / "run.zarr", tmp_path / "straight.zarr"
+    record(**arguments, output=straight)
+    for calls in stops:
+        if workload == "linreg" and calls > 25:
+            continue  # both runs train at once and are done by then
+        with pytest.raises(StoppedError):
+            record(**arguments, output=path, resume=True, stop=after(calls))
+    (path / "training.pt").unlink(missing_ok=True)  # as after a kill: from the seed, compared on the way
+    record(**arguments, output=path, resume=True)
+    inner = Trajectory.open(straight / "optimizer.zarr")
+    assert (inner.kind, inner.steps, inner.runs) == ("optimizer", [10, 20, 25], [0, 1])
+    assert whole(path) == whole(straight)
+    assert whole(path / "optimizer.zarr") == whole(straight / "optimizer.zarr")
+    training = TrainingRun(workload_from(workload, {"optimizer": "adam"}, steps=25), [run_seed(0, 1)])
+    training.advance(20)
+    state = training.optimizer.state_dict()["state"]
+    names = [name for name, _ in training.model.named_parameters()]
+    for number, name in enumerate(names):
+        for key in ("exp_avg", "exp_avg_sq"):
+            stored = inner.read([1], [20])[0, 0][inner.layout.slice_of(f"{name}.{key}")]
+            assert stored.tobytes() == state[number][key].numpy().astype(np.float32).tobytes()
+
+
+def test_moments_are_asked_for_again_when_resuming_and_need_an_optimiser_that_has_some(tmp_path: Path):
+    arguments = DIGITS | {"options": {"optimizer": "adam"}, "output": tmp_path / "run.zarr"}
+    with pytest.raises(StoppedError):
+        record(**arguments, stop=after(5))
+    with pytest.raises(UsageError, match="with_optimizer"):
+        record(**arguments, with_optimizer=True, resume=True)
+    with pytest.raises(UsageError, match="keeps no moments"):
+        record("linreg", tmp_path / "sgd.zarr", with_optimizer=True, options={"optimizer": "sgd"})
+    assert not (tmp_path / "sgd.zarr").exists()
+
+
 def test_a_state_that_does_not_fit_its_snapshots_is_not_gone_on_from(straight_digits: Path, tmp_path: Path):
     ahead, behind = (tmp_path / f"{name}.zarr" for name in ("ahead", "behind"))
     for path, calls in ((ahead, 15), (behind, 5)):

@@ -120,7 +120,6 @@ def record(
     of_command = {
         "--trainable-only": trainable_only,
         "--start-step": start_step is not None,
-        "--with-optimizer": with_optimizer,
         "--strict": strict,
     }
     of_both = {"--params": params, "--dtype": dtype != "keep", "--max-bytes": max_bytes}
@@ -133,7 +132,7 @@ def record(
     }
     unfit, where = (of_command | of_both, "a workload") if workload else (of_workload, "a command")
     if source:
-        unfit, where = of_workload | of_command | of_training, "--from"
+        unfit, where = of_workload | of_command | of_training | {"--with-optimizer": with_optimizer}, "--from"
     for name, value in unfit.items():
         if value:
             raise UsageError(f"record: {name} does not go with {where}.")
@@ -208,6 +207,7 @@ def record(
             log_spaced=log_spaced,
             seed=0 if seed is None else seed,
             options=parse_assignments(settings or []),
+            with_optimizer=with_optimizer,
             replace=force,
             resume=resume,
             sync=sync or "commit",

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from farcli.errors import (
 from farcli.files import check_outcome
 from farcli.layout import Layout
 from farcli.provenance import provenance
+from farcli.recording.recorder import MOMENTS
 from farcli.store import Trajectory, TrajectoryWriter, is_store
 from farcli.store.disk import Sync
 from farcli.training import TrainingRun, completed, describe_workload, run_seed, workload_from
@@ -41,6 +43,7 @@ def record(
     log_spaced: int | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
+    with_optimizer: bool = False,
     replace: bool = False,
     resume: bool = False,
     sync: Sync = "commit",
@@ -65,6 +68,7 @@ def record(
         log_spaced: instead, so many snapshots evenly spaced in log(step), and step 0; fewer where they coincide.
         seed: of everything random.
         options: `--set` options of the workload.
+        with_optimizer: also store Adam's moments, in `optimizer.zarr` within the store; there are none at step 0.
         replace: an existing store gives way once the new one is finished; what is unfinished of it is then
             not kept when the recording stops.
         resume: go on with an unfinished store of the same command; create it where there is none.
@@ -111,7 +115,9 @@ def record(
     schedule = _schedule(steps, every, at, log_spaced)
 
     seeds = [run_seed(seed, run) for run in range(runs)]
-    layout = TrainingRun(task, seeds[: runs if task.lockstep else 1]).layout
+    training = TrainingRun(task, seeds[: runs if task.lockstep else 1])
+    layout = training.layout
+    moments = _layout_of_moments(training, workload) if with_optimizer else None
     dtype = "float64" if any(slot.dtype == "float64" for slot in layout.floats) else "float32"
     row = {
         "path": str(output),
@@ -127,13 +133,16 @@ def record(
         "seconds": None,
         "seed": seed,
     }
+    if moments is not None:
+        row["bytes"] += runs * sum(step > 0 for step in schedule) * moments.size * np.dtype(dtype).itemsize
     if dry_run:
         return row
     header = {
         "workload": describe_workload(workload, task),
         "seed": seed,
         "seeds": seeds,
-        "recording": {"steps": steps, "snapshots": _spacing(every, at, log_spaced)},
+        "recording": {"steps": steps, "snapshots": _spacing(every, at, log_spaced)}
+        | ({"with_optimizer": True} if with_optimizer else {}),
         "provenance": provenance(threads=task.threads or torch.get_num_threads()),
     }
     replacing = replace and output.exists()
@@ -155,21 +164,29 @@ def record(
     saved = output / _STATE
     if writer is not None:
         deadline = began + time_limit if time_limit is not None else float("inf")
-        recording = _Recording(
-            writer=writer,
-            state=None if replacing else saved,
-            schedule=schedule,
-            total=steps * (1 if task.lockstep else runs),
-            stop=lambda: stop() or time.monotonic() > deadline,
-            report=report,
-        )
         try:
-            with writer:
+            with (
+                writer,
+                nullcontext()
+                if moments is None
+                else _moments_writer(writer, moments, schedule, dtype, task.lockstep, sync) as inner,
+            ):
+                recording = _Recording(
+                    writer=writer,
+                    moments=inner,
+                    state=None if replacing else saved,
+                    schedule=schedule,
+                    total=steps * (1 if task.lockstep else runs),
+                    stop=lambda: stop() or time.monotonic() > deadline,
+                    report=report,
+                )
                 if task.lockstep:
                     recording.train(task, seeds, range(runs))
                 else:
                     for run in range(runs):
                         recording.train(task, seeds[run : run + 1], [run])
+                if inner is not None:
+                    inner.finish()  # first: finishing may rename the outer one
                 writer.finish()
         except ResourceError as error:
             raise ResourceError(str(error), "Free some space and run the same command again with --resume.") from error
@@ -198,6 +215,35 @@ def _spacing(every: int | None, at: Sequence[int] | None, log_spaced: int | None
     if at:
         return {"at": list(at)}
     return {"every": every} if log_spaced is None else {"log_spaced": log_spaced}
+
+
+def _layout_of_moments(training: TrainingRun, workload: str) -> Layout:
+    """The layout of what its optimiser keeps, found by a step of training that counts for nothing.
+
+    Raises:
+        UsageError: it keeps nothing.
+    """
+    training.advance(1)
+    layout, _ = training.moments()
+    if not layout.size:
+        raise UsageError(
+            f"--with-optimizer: the optimiser of {workload}, {type(training.optimizer).__name__}, keeps no moments.",
+            "Choose one that does: --set optimizer=adam.",
+        )
+    return layout
+
+
+def _moments_writer(
+    outer: TrajectoryWriter, layout: Layout, schedule: Sequence[int], dtype: str, lockstep: bool, sync: Sync
+) -> TrajectoryWriter:
+    """The writer of the moments: of a new store within the other's folder, or of the one that is there."""
+    path = outer.home / MOMENTS
+    if is_store(path):
+        return TrajectoryWriter.resume(path, sync=sync)
+    planned = [step for step in schedule if step > 0]
+    return TrajectoryWriter.create(
+        path, layout, outer.runs, kind="optimizer", dtype=dtype, planned_steps=planned, lockstep=lockstep, sync=sync
+    )
 
 
 def _resume(path: Path, header: Mapping[str, Any], layout: Layout, sync: Sync) -> TrajectoryWriter | None:
@@ -243,6 +289,7 @@ class _Recording:
         self,
         *,
         writer: TrajectoryWriter,
+        moments: TrajectoryWriter | None,
         state: Path | None,
         schedule: list[int],
         total: int,
@@ -251,6 +298,7 @@ class _Recording:
     ) -> None:
         self.path = writer.path
         self.writer = writer
+        self.moments = moments
         self.state = state
         self.schedule = schedule
         self.total = total
@@ -260,9 +308,11 @@ class _Recording:
 
     def train(self, workload: Workload, seeds: Sequence[int], runs: Sequence[int]) -> None:
         """Train one run, or all at once; snapshots stored before are checked, not written."""
-        committed = min(self.writer.snapshots[run] for run in runs)
+        first = sum(step == 0 for step in self.schedule)
+        committed = _committed(self.writer, runs)
+        if self.moments is not None:  # a killed process may have left one ahead of the other
+            committed = min(committed, first + _committed(self.moments, runs))
         if committed < len(self.schedule):
-            stored = Trajectory.open(self.path, partial=True) if committed else None
             training = TrainingRun(workload, seeds)
             if self.state is not None and self.state.exists():
                 # further than the snapshots: power was lost before these reached the disk
@@ -278,18 +328,34 @@ class _Recording:
                     self.report(self.done + training.step, self.total, f"{_label(runs)}, step {training.step}")
                 vectors, integers = training.vectors(), training.integers()
                 self._require_finite(vectors, runs, step, losses)
-                if stored is not None and index < committed:
-                    self._compare(stored, runs, step, vectors, integers)
-                elif workload.lockstep:
-                    self.writer.append(step, vectors, integers)
-                else:
-                    self.writer.append(step, vectors[0], integers[0], run=runs[0])
+                if self.moments is not None and index >= first:
+                    self._put(self.moments, runs, index - first, step, training.moments()[1], None)
+                self._put(self.writer, runs, index, step, vectors, integers)
         self.done += self.schedule[-1]
+
+    def _put(
+        self,
+        writer: TrajectoryWriter,
+        runs: Sequence[int],
+        index: int,
+        step: int,
+        vectors: np.ndarray,
+        integers: np.ndarray | None,
+    ) -> None:
+        """Append a snapshot, or compare it with the one that is there."""
+        if index < _committed(writer, runs):
+            self._compare(Trajectory.open(writer.home, partial=True), runs, step, vectors, integers)
+        elif len(runs) > 1 or writer.runs == list(runs):
+            writer.append(step, vectors, integers)
+        else:
+            writer.append(step, vectors[0], None if integers is None else integers[0], run=runs[0])
 
     def _stopped(self, training: TrainingRun, runs: Sequence[int]) -> None:
         where = f"{self.path}: stopped at step {training.step} of {_label(runs)}"
         if self.state is None:
             raise FarcliError(f"{where}; the store it was to replace is kept, nothing of the new one is.")
+        if self.moments is not None:
+            self.moments.close()
         self.writer.close()  # says so when the disk is full; leaving the writer's block would not
         training.save(self.state)
         saved, planned = sum(self.writer.snapshots), len(self.writer.snapshots) * len(self.schedule)
@@ -307,17 +373,21 @@ class _Recording:
             )
 
     def _compare(
-        self, stored: Trajectory, runs: Sequence[int], step: int, vectors: np.ndarray, integers: np.ndarray
+        self, stored: Trajectory, runs: Sequence[int], step: int, vectors: np.ndarray, integers: np.ndarray | None
     ) -> None:
         before = stored.read(list(runs), [step], 0, stored.layout.size)[:, 0]
         for index, run in enumerate(runs):
             same = before[index].tobytes() == vectors[index].astype(before.dtype).tobytes()
-            if not (same and np.array_equal(stored.integers(run, step), integers[index])):
+            if not (same and (integers is None or np.array_equal(stored.integers(run, step), integers[index]))):
                 raise StoreError(
                     f"{self.path}: run {run}, trained again, differs from what is stored at step {step}.",
                     "Was it begun with other versions, or on another machine? `farcli inspect` shows them; "
                     "--force records everything anew.",
                 )
+
+
+def _committed(writer: TrajectoryWriter, runs: Sequence[int]) -> int:
+    return min(writer.snapshots[writer.runs.index(run)] for run in runs)
 
 
 def _label(runs: Sequence[int]) -> str:

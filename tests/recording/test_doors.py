@@ -269,7 +269,7 @@ class TestRefused:
             (("record", "-o", "a.zarr", "linreg", "--", "true"), "give one of"),
             (("record", "-o", "a.zarr", "linreg", "true"), "unexpected 'true'"),
             (("record", "-o", "a.zarr", "--runs", "2", "--", "true"), "--runs does not go with a command"),
-            (("record", "-o", "a.zarr", "--with-optimizer", "linreg"), "--with-optimizer does not go with a workload"),
+            (("record", "-o", "a.zarr", "--with-optimizer", "linreg"), "SGD, keeps no moments"),
             (("record", "-o", "a.zarr", "--every", "0", "--", "true"), "--every 0"),
             (("record", "-o", "a.zarr", "--every", "2", "--at", "1,2", "--", "true"), "contradict"),
             (("record", "-o", "a.zarr", "--at", "2,1", "--", "true"), "ascending"),
