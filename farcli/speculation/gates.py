@@ -1,0 +1,84 @@
+"""Whether a leap may stay: the criteria of Leap+Verify, with nothing seen that was not there yet, and a later verdict.
+
+Shape suffixes: N batches of a draw, on which both losses were taken (paired).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from statistics import fmean, stdev
+from typing import Literal
+
+Gate = Literal["none", "strict", "adaptive", "proximity", "delayed"]
+GATES: tuple[Gate, ...] = ("none", "strict", "adaptive", "proximity", "delayed")
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """A verdict and why.
+
+    Attributes:
+        kept: whether the leap stays.
+        before: mean loss without it.
+        after: mean loss with it.
+        reason: in words.
+    """
+
+    kept: bool
+    before: float
+    after: float
+    reason: str
+
+
+def immediate(
+    gate: Gate, before_N: Sequence[float], after_N: Sequence[float], earlier: Sequence[float], tolerance: float
+) -> Judged:
+    """Judge a leap right away.
+
+    Args:
+        gate: strict: L̂ < L; adaptive: L̂ < L + σ, with σ the spread of the losses before this one; proximity:
+            |L̂ − L| < ε·L.
+        before_N: losses L of the present weights.
+        after_N: losses L̂ of the leap, on the same batches.
+        earlier: mean losses L at earlier proposals; σ is taken over the last 10 of them.
+        tolerance: ε.
+
+    Source: Leap+Verify (arXiv 2602.19580). Differs: its code takes σ over the whole run, which sees the future, and
+    proximity on one side.
+    """
+    before, after = fmean(before_N), fmean(after_N)
+    if not isfinite(after):
+        return Judged(False, before, after, "the loss is not finite")
+    match gate:
+        case "strict":
+            bound = before
+        case "adaptive":
+            recent = list(earlier)[-10:]
+            bound = before + (stdev(recent) if len(recent) > 1 else 0.0)
+        case "proximity":
+            near = abs(after - before) < tolerance * abs(before)
+            return Judged(near, before, after, f"|{after:.5g} − {before:.5g}| {'<' if near else '≥'} {tolerance:g}·L")
+        case _:
+            raise AssertionError(gate)
+    kept = after < bound
+    return Judged(kept, before, after, f"{after:.5g} {'<' if kept else '≥'} {bound:.5g}")
+
+
+def delayed(before_N: Sequence[float], after_N: Sequence[float], margin: float) -> Judged:
+    """Judge what a window of training with leaps in it came to.
+
+    Kept unless the running average is worse than where the window began by more than `margin` standard errors of the
+    paired difference: then the state there is the better one, and going back loses nothing but time already spent.
+
+    Args:
+        before_N: losses of the average at the window's beginning.
+        after_N: of the average now, on the same batches.
+        margin: in standard errors.
+    """
+    before, after = fmean(before_N), fmean(after_N)
+    if not isfinite(after):
+        return Judged(False, before, after, "the loss is not finite")
+    differences = [late - early for late, early in zip(after_N, before_N, strict=True)]
+    error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
+    kept = fmean(differences) <= margin * error
+    return Judged(kept, before, after, f"average {before:.5g} → {after:.5g} over the window (±{error:.2g})")

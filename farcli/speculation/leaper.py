@@ -1,0 +1,697 @@
+"""The engine: watches a training from its optimiser's hooks, proposes leaps, verifies them, keeps or takes them back.
+
+Shape suffixes: D trained coordinates, N batches of a draw of verification data.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from math import exp, isfinite, isnan, sqrt
+from statistics import fmean, stdev
+from time import perf_counter
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from farcli.config import configure
+from farcli.errors import FarcliError, NonFiniteError, UsageError
+from farcli.forecasters.table import FORECASTERS
+from farcli.registry import resolve, unknown
+from farcli.speculation.bandit import Bandit
+from farcli.speculation.base import Observed, Predictor, Proposal
+from farcli.speculation.gates import Gate, Judged, delayed, immediate
+from farcli.speculation.ledger import Account, Entry, Verdict
+from farcli.speculation.predictors.forecast import Forecast
+from farcli.speculation.table import PREDICTORS
+from farcli.speculation.trained import Average, Saved, Trained, foreach_copy
+
+
+class Validation(Protocol):
+    """Verification data: fresh, paired, and disjoint from training data and from what is reported."""
+
+    @property
+    def cost(self) -> float:
+        """Of one call of `losses`, in training steps."""
+        ...
+
+    def losses(self, model: nn.Module, draw: int) -> list[float]:
+        """Losses of the model as it is on the batches of a draw: the same for the same draw, in evaluation mode."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leaping:
+    """How to leap: options of every predictor and gate alike."""
+
+    every: int = field(default=25, metadata={"help": "steps between the points that predictors see"})
+    period: int = field(default=1, metadata={"help": "points between leaps"})
+    ahead: int | None = field(
+        default=None, metadata={"help": "K, steps to leap, for predictors that forecast; none means every × period"}
+    )
+    gate: Gate = field(
+        default="delayed",
+        metadata={
+            "help": "strict, adaptive or proximity judge a leap at once; delayed judges a window of training with "
+            "leaps in it by the running average, and rolls back; none keeps everything"
+        },
+    )
+    window: int = field(default=100, metadata={"help": "steps from a leap to the delayed verdict, at least"})
+    budget: float = field(default=0.01, metadata={"help": "share of the training's cost that verifying may take"})
+    tolerance: float = field(default=0.005, metadata={"help": "ε of proximity, as a share of the loss"})
+    margin: float = field(default=1.0, metadata={"help": "standard errors by which a window may lose before it is"})
+    patience: int = field(default=2, metadata={"help": "windows lost in a row after which there are no more leaps"})
+    memory: int = field(default=100, metadata={"help": "steps that the running average remembers"})
+    stride: int = field(default=5, metadata={"help": "steps between updates of the running average"})
+    start: int = field(default=0, metadata={"help": "first step to leap at"})
+    until: int | None = field(default=None, metadata={"help": "last step to leap at; none for no end"})
+    freeze: float = field(
+        default=0.9,
+        metadata={"help": "no leaps once the learning rate is below this share of its maximum; 0 for never"},
+    )
+    moments: Literal["keep", "reset", "shrink"] = field(
+        default="keep",
+        metadata={"help": "Adam's first moments and SGD's momentum after a leap: as they are, 0, or half"},
+    )
+    adapt: float = field(
+        default=0.0, metadata={"help": "how fast the strength follows the slopes along the last leap; 0 for not"}
+    )
+    seed: int = field(default=0, metadata={"help": "of the bandit and of the verification data"})
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("period", 1), ("window", 1), ("patience", 1), ("memory", 1), ("stride", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}, expected {least} or more.")
+        if self.ahead is not None and self.ahead < 1:
+            raise ValueError(f"ahead = {self.ahead}, expected 1 or more.")
+        for name in ("budget", "tolerance", "margin", "freeze", "adapt", "start"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} = {getattr(self, name)}, expected 0 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to leap."""
+
+    name: str
+    predictor: Predictor
+    strength: float
+
+
+def build_predictor(name: str, options: Mapping[str, str]) -> Predictor:
+    """A predictor by its name in either table (or "package.module:Class"), with options as typed.
+
+    Raises:
+        UsageError: there is none of that name, an option is unknown, or it would have to be fitted.
+    """
+    if name in FORECASTERS:
+        chosen = resolve("forecaster", name, FORECASTERS)
+        return Forecast(name, chosen(configure(chosen.Config, options, name)))
+    if name not in PREDICTORS and ":" not in name:
+        raise unknown("predictor", name, [*PREDICTORS, *FORECASTERS])
+    chosen = resolve("predictor", name, PREDICTORS)
+    if not (isinstance(chosen, type) and issubclass(chosen, Predictor)):
+        raise UsageError(f"predictor {name!r}: is {chosen!r}, expected a subclass of Predictor.")
+    return chosen(configure(chosen.Config, options, name))
+
+
+class _Function(Validation):
+    """A function of the user's: one loss, always of the same data, timed against the training's steps."""
+
+    def __init__(self, function: Callable[[nn.Module], float], step_seconds: Callable[[], float]) -> None:
+        self._function = function
+        self._step_seconds = step_seconds
+        self._took = 0.0
+
+    @property
+    def cost(self) -> float:
+        """Seconds of the last call over seconds of a step; nothing is known before the first, which is on credit."""
+        seconds = self._step_seconds()
+        return self._took / seconds if seconds > 0 else 0.0
+
+    def losses(self, model: nn.Module, draw: int) -> list[float]:
+        """The function's loss, with the model in evaluation mode."""
+        began = perf_counter()
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                value = self._function(model)
+            loss = float(value)
+        except FarcliError:
+            raise
+        except Exception as error:  # the user's code may raise anything
+            raise UsageError(f"leap: the validation function raised {type(error).__name__}: {error}") from error
+        finally:
+            for module, training in modes:
+                module.training = training
+        self._took = perf_counter() - began
+        if isnan(loss):
+            raise NonFiniteError("leap: the validation function returned NaN, expected a loss.")
+        return [loss]
+
+
+def mean_over_processes(losses_N: Sequence[float], device: torch.device) -> list[float]:
+    """The same losses in every process of a distributed training, so that all judge alike."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return list(losses_N)
+    total = torch.tensor(losses_N, dtype=torch.float64, device=device)
+    distributed.all_reduce(total)
+    return (total / distributed.get_world_size()).tolist()
+
+
+@dataclass(slots=True)
+class _Window:
+    """Training since the last verified state, with leaps in it."""
+
+    start: int
+    saved: Saved
+    average: dict[str, Any]
+    predictors: list[dict[str, Tensor]]
+    point_D: Tensor
+    entries: list[int]
+    arm: int
+
+
+class Leaper:
+    """Leaps while a training runs; the loop stays as it is.
+
+        with farcli.Leaper(model, optimizer, validate=held_out_loss) as leaper:
+            for batch in batches:
+                …
+                optimizer.step()        # the leaper works in the optimiser's hook
+        with leaper.average():          # the running average: what to evaluate and to keep
+            torch.save(model.state_dict(), "model.pt")
+
+    Args:
+        model: the network.
+        optimizer: that trains it, or several side by side: the last one's step counts.
+        predictor: a name, or arms of a bandit: (name, predictor, strength).
+        options: how to leap; or give its fields as keywords.
+        validate: `Validation`, or a function of the model that returns a held-out loss; needed but for gate "none".
+        fresh: returns the training loss of the model on the next fresh batch, for predictors that ask for gradients.
+        settings: options of the predictor, as text.
+        told: called with every entry of the ledger when its verdict is there.
+
+    Attributes:
+        step: optimiser steps taken.
+        entries: the ledger.
+        verification: cost so far of verifying and proposing, in training steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        predictor: str | Sequence[Arm] = "outer",
+        *,
+        options: Leaping | None = None,
+        validate: Validation | Callable[[nn.Module], float] | None = None,
+        fresh: Callable[[], Tensor] | None = None,
+        settings: Mapping[str, str] | None = None,
+        told: Callable[[Entry], None] = lambda entry: None,
+        **fields: Any,
+    ) -> None:
+        try:
+            self.options = replace(options or Leaping(), **fields)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"leap: {error}") from error
+        self._model = model
+        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._trained = Trained(model, self._optimizers)
+        self._average = Average(self._trained, model, self.options.memory, self.options.stride)
+        if isinstance(predictor, str):
+            arms: list[Arm] = [Arm(predictor, build_predictor(predictor, settings or {}), 1.0)]
+        else:
+            arms = list(predictor)
+        self._arms = arms
+        self._bandit = Bandit([arm.strength for arm in arms], seed=self.options.seed) if len(arms) > 1 else None
+        if self.options.gate != "none" and validate is None:
+            raise UsageError(
+                f"leap: gate {self.options.gate!r} verifies on held-out data, and there is none.",
+                "Give a validation function, or choose the gate none.",
+            )
+        self._validation = _Function(validate, lambda: self._seconds) if callable(validate) else validate
+        self._fresh = fresh
+        self._told = told
+        self.step = 0
+        self.entries: list[Entry] = []
+        self.verification = 0.0
+        keep = max(3, *(arm.predictor.context for arm in arms)) if arms else 3
+        self._points: deque[tuple[int, Tensor]] = deque(maxlen=keep)
+        self._window: _Window | None = None
+        self._draw = 0
+        self._scale = 1.0
+        self._lost = 0
+        self._off = False
+        self._losses: list[float] = []
+        self._measured_at = 0
+        self._paces: list[float] = []
+        self._highest = 0.0
+        self._slopes: list[float] = []
+        self._last_move: Tensor | None = None
+        self._hooks: list[Any] = []
+        self._seconds = 0.0
+        self._ended: float | None = None
+        self._points.append((0, self._trained.read()))
+
+    # ------------------------------------------------------------------ doors
+
+    def __enter__(self) -> "Leaper":
+        from torch._compile import _disable_dynamo
+
+        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
+            self.after_step()
+
+        self._hooks.append(self._optimizers[-1].register_step_post_hook(_disable_dynamo(after)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        if kind is None:
+            self.finish()
+        else:
+            self.retreat("training ended with an error")
+
+    def loss(self, value: float) -> None:
+        """Say the training loss of the step just taken; one that is not finite takes back unverified leaps."""
+        if not isfinite(value) and self._window is not None:
+            self._roll_back(Judged(False, float("nan"), float(value), "the training loss is not finite"))
+
+    @contextmanager
+    def average(self) -> Iterator[None]:
+        """Within it, the network is the running average of its training; afterwards itself again, bit for bit."""
+        with self._average.instead():
+            yield
+
+    @property
+    def account(self) -> Account:
+        """The ledger in sum."""
+        return Account.of(self.entries, self.step, self.verification)
+
+    # ------------------------------------------------------------------ steps
+
+    def after_step(self) -> None:
+        """An optimiser step has been taken; called by the hook, or by a loop that has none."""
+        self.step += 1
+        if self._ended is not None:
+            took = perf_counter() - self._ended
+            self._seconds = took if not self._seconds else self._seconds + (took - self._seconds) * 0.1
+        self._highest = max(self._highest, self._trained.rate)
+        if self.step % self.options.stride == 0:
+            self._average.update()
+            if self._last_move is not None and self.options.adapt:
+                self._slopes.append(self._trained.slope(self._last_move))
+        if self.step % self.options.every == 0:
+            self._point()
+        self._ended = perf_counter()
+
+    def finish(self) -> None:
+        """Training is over: the last verdict, on what is left of the budget or not; no leap stays unverified."""
+        if self._window is not None:
+            self._verdict()
+
+    def retreat(self, reason: str) -> None:
+        """Take back what has not been verified, bit for bit."""
+        if self._window is not None:
+            self._roll_back(Judged(False, float("nan"), float("nan"), reason))
+
+    def _point(self) -> None:
+        weights_D = self._trained.read()
+        if not bool(torch.isfinite(weights_D).all()):
+            if self._window is None:
+                raise NonFiniteError(f"leap: weights are not finite at step {self.step}, and no leap is to blame.")
+            self._roll_back(Judged(False, float("nan"), float("nan"), "weights are not finite"))
+            return
+        self._points.append((self.step, weights_D))
+        self._follow_slopes()
+        window = self._window
+        if window is not None and self.step - window.start >= self.options.window and self._affordable():
+            self._verdict()
+        if self._may_leap():
+            self._leap()
+
+    def _may_leap(self) -> bool:
+        options = self.options
+        frozen = self._trained.rate < options.freeze * self._highest
+        late = options.until is not None and self.step > options.until
+        due = (self.step // options.every) % options.period == 0
+        return due and not (self._off or frozen or late or self.step < options.start)
+
+    # ------------------------------------------------------------------ leaps
+
+    def _leap(self) -> None:
+        options = self.options
+        now = options.gate not in ("none", "delayed")
+        if now and not self._affordable():
+            return
+        cosine = self._cosine()
+        if self._window is not None:
+            index = self._window.arm
+        else:
+            index = self._bandit.choose(cosine) if self._bandit is not None else 0
+        arm = self._arms[index]
+        if len(self._points) < arm.predictor.context:
+            return
+        window = self._window
+        if options.gate == "delayed" and window is None:
+            window = self._open(index)
+        ahead = options.ahead or options.every * options.period
+        strength = arm.strength * self._scale
+        proposal = arm.predictor.propose(self._seen(), ahead, strength)
+        self.verification += proposal.cost
+        size = float(proposal.move_D.norm())
+        if size == 0 and self._bandit is None:
+            return  # there is no past yet to go on from
+        self._window = window
+        entry = Entry(
+            step=self.step,
+            predictor=arm.name,
+            strength=strength,
+            ahead=ahead,
+            length=size / max(self._pace_length(), 1e-30),
+            displacement_cosine=cosine,
+            cost=proposal.cost,
+        )
+        self.entries.append(entry)
+        if not isfinite(size):
+            arm.predictor.rejected()
+            self._settle(entry, "rejected", "the forecast is not finite")
+        elif now:
+            self._judge_now(entry, arm, proposal)
+        else:
+            self._make(proposal)
+            if window is None:
+                self._settle(entry, "unverified", "no gate")
+            else:
+                window.entries.append(len(self.entries) - 1)
+
+    def _make(self, proposal: Proposal) -> None:
+        """Leap: weights, the average and the past move together."""
+        self._trained.add(proposal.move_D)
+        self._made(proposal)
+
+    def _made(self, proposal: Proposal) -> None:
+        if proposal.average:
+            self._average.add(proposal.move_D)
+        for _, point_D in self._points:
+            point_D.add_(proposal.move_D)
+        self._points[-1] = (self.step, self._trained.read())  # exact, where narrower tensors were rounded
+        self._last_move = proposal.move_D
+        self._slopes.clear()
+        if self.options.moments != "keep":
+            self._weaken_moments(0.0 if self.options.moments == "reset" else 0.5)
+
+    def _judge_now(self, entry: Entry, arm: Arm, proposal: Proposal) -> None:
+        """Leap, and take it back at once where the gate says so; or where judging fails."""
+        before = [tensor.detach().clone() for tensor in self._trained.tensors]
+        kept = False
+        try:
+            before_N = self._measure()
+            self._trained.add(proposal.move_D)
+            after_N = self._measure()
+            judged = immediate(self.options.gate, before_N, after_N, self._losses, self.options.tolerance)
+            kept = judged.kept
+        finally:
+            if not kept:
+                with torch.no_grad():
+                    foreach_copy(self._trained.tensors, before)
+                arm.predictor.rejected()
+        self._draw += 1
+        self._pay(entry)
+        entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
+        if kept:
+            self._made(proposal)
+        self._learn_pace(judged.before)
+        entry.equivalent_steps = self._worth(judged.before - judged.after) if isfinite(judged.after) else None
+        self._settle(entry, "accepted" if kept else "rejected", judged.reason)
+
+    # ---------------------------------------------------------------- windows
+
+    def _open(self, arm: int) -> _Window:
+        """Keep everything as it is now: this is where a window that is lost goes back to."""
+        return _Window(
+            start=self.step,
+            saved=Saved.of(self._model, self._optimizers),
+            average=self._average.state(),
+            predictors=self._remembered(),
+            point_D=self._points[-1][1].clone(),
+            entries=[],
+            arm=arm,
+        )
+
+    def _verdict(self) -> None:
+        """What the window came to, by the running average on fresh batches; then it is kept, or gone back on."""
+        window = self._window
+        assert window is not None
+        try:
+            with self._average.instead():
+                after_N = self._measure()
+            now = self._average.state()
+            self._average.restore(window.average)
+            try:
+                with self._average.instead():
+                    before_N = self._measure()
+            finally:
+                self._average.restore(now)
+        except BaseException:
+            self.retreat("the verification failed")
+            raise
+        self._draw += 1
+        judged = delayed(before_N, after_N, self.options.margin)
+        if not judged.kept:
+            self._pay(*self._entries_of(window))
+            self._roll_back(judged)
+            return
+        self._window = None
+        steps = max(1, self.step - window.start)
+        pace = (judged.before - judged.after) / steps
+        entries = self._entries_of(window)
+        self._pay(*entries)
+        usual = fmean(self._paces[-5:]) if self._paces else None
+        if self._bandit is not None and usual:
+            self._bandit.reward(window.arm, pace / usual - 1)
+        for entry in entries:
+            entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
+            if usual is not None and usual > 0:
+                entry.equivalent_steps = (pace / usual - 1) * steps / len(entries)
+            self._settle(entry, "accepted", judged.reason)
+        self._paces.append(pace)
+        self._lost = 0
+
+    def _roll_back(self, judged: Judged) -> None:
+        window, self._window = self._window, None
+        assert window is not None
+        window.saved.restore(self._model, self._optimizers)
+        self._average.restore(window.average)
+        for arm, state in zip(self._arms, window.predictors, strict=True):
+            arm.predictor.restore(state)
+        self._points.clear()
+        self._points.append((self.step, window.point_D))
+        self._last_move = None
+        self._slopes.clear()
+        self._lost += 1
+        self._scale /= 2
+        self._off = self._lost >= self.options.patience
+        if self._bandit is not None:
+            self._bandit.reward(window.arm, -1)
+        entries = self._entries_of(window)
+        for number, entry in enumerate(entries):
+            entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
+            entry.lost_steps = self.step - window.start if number == 0 else 0
+            self._settle(entry, "rolled back", judged.reason)
+
+    def _entries_of(self, window: _Window) -> list[Entry]:
+        return [self.entries[index] for index in window.entries]
+
+    def _settle(self, entry: Entry, verdict: Verdict, reason: str) -> None:
+        entry.verdict, entry.reason = verdict, reason
+        self._told(entry)
+
+    # ----------------------------------------------------------- measurements
+
+    def _measure(self) -> list[float]:
+        assert self._validation is not None
+        with torch.random.fork_rng(devices=[self._trained.device] if self._trained.device.type == "cuda" else []):
+            return mean_over_processes(self._validation.losses(self._model, self._draw), self._trained.device)
+
+    def _pay(self, *entries: Entry) -> None:
+        """Charge one verification, shared by the entries it judged."""
+        cost = self._pair_cost()
+        self.verification += cost
+        for entry in entries:
+            entry.cost += cost / len(entries)
+
+    def _pair_cost(self) -> float:
+        """Of verifying once, in training steps: two measurements."""
+        if self._validation is None:
+            return 0.0
+        return 2 * self._validation.cost
+
+    def _affordable(self) -> bool:
+        return self.verification + self._pair_cost() <= self.options.budget * self.step
+
+    def _learn_pace(self, loss: float) -> None:
+        """How fast loss falls, from what immediate gates measured before their leaps."""
+        if self._losses and isfinite(loss):
+            steps = max(1, self.step - self._measured_at)
+            self._paces.append((self._losses[-1] - loss) / steps)
+        self._losses.append(loss)
+        self._measured_at = self.step
+
+    def _worth(self, gain: float) -> float | None:
+        """What a fall of the loss is worth in steps, at the mean pace of the last measurements."""
+        pace = fmean(self._paces[-5:]) if self._paces else 0.0
+        return gain / pace if pace > 0 else None
+
+    def _cosine(self) -> float | None:
+        """Between training's last two displacements."""
+        if len(self._points) < 3:
+            return None
+        (_, first), (_, second), (_, third) = list(self._points)[-3:]
+        before_D, last_D = second - first, third - second
+        norms = float(before_D.norm() * last_D.norm())
+        return float(before_D @ last_D) / norms if norms > 0 else None
+
+    def _pace_length(self) -> float:
+        return float((self._points[-1][1] - self._points[-2][1]).norm()) if len(self._points) > 1 else 0.0
+
+    def _seen(self) -> Observed:
+        return Observed(
+            steps_C=tuple(step for step, _ in self._points),
+            weights_CD=[point_D for _, point_D in self._points],
+            average_D=self._average.weights_D,
+            layout=self._trained.layout,
+            rate=self._trained.rate,
+            moments=self._trained.moments,
+            gradient=self._gradient,
+        )
+
+    def _gradient(self, weights_D: Tensor) -> tuple[float, Tensor]:
+        """Loss and gradient on the next fresh batch, at weights that are not the network's."""
+        if self._fresh is None:
+            raise UsageError(
+                "leap: this predictor takes gradients on fresh batches, and nobody gives it any.",
+                "Give `fresh`, a function that returns the training loss of the next batch.",
+            )
+        own = Saved.of(self._model, ())
+        grads = [tensor.grad for tensor in self._trained.tensors]
+        try:
+            self._trained.write(weights_D)
+            for tensor in self._trained.tensors:
+                tensor.grad = None
+            loss = self._fresh()
+            loss.backward()
+            return float(loss.detach()), self._trained.gradients()
+        finally:
+            own.restore(self._model, ())
+            for tensor, grad in zip(self._trained.tensors, grads, strict=True):
+                tensor.grad = grad
+
+    # ------------------------------------------------------------- adaptation
+
+    def _follow_slopes(self) -> None:
+        """Leap further where the loss still falls along the last leap, less far where it rises: free of cost.
+
+        The slopes are inner products of training's own gradients, after the leap, with the leap. With their mean in
+        standard errors t, the strength is multiplied by exp(−adapt·t/(1 + |t|)), within ¼ and 2.
+
+        Source: ours, after hypergradient descent (Baydin et al., arXiv 1703.04782).
+        """
+        slopes, self._slopes = [each for each in self._slopes if isfinite(each)], []
+        if not self.options.adapt or len(slopes) < 3:
+            return
+        t = fmean(slopes) / max(stdev(slopes) / sqrt(len(slopes)), 1e-30)
+        self._scale = min(2.0, max(0.25, self._scale * exp(-self.options.adapt * t / (1 + abs(t)))))
+
+    @torch.no_grad()
+    def _weaken_moments(self, share: float) -> None:
+        for optimizer in self._optimizers:
+            for state in optimizer.state.values():
+                for name in ("exp_avg", "momentum_buffer"):
+                    if isinstance(state.get(name), Tensor):
+                        state[name].mul_(share)
+
+    # ------------------------------------------------------------------ state
+
+    def _remembered(self) -> list[dict[str, Tensor]]:
+        return [{key: each.clone() for key, each in arm.predictor.state().items()} for arm in self._arms]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that leaping goes on from after a checkpoint, next to the model's and the optimiser's own state."""
+        window = self._window
+        return {
+            "step": self.step,
+            "verification": self.verification,
+            "draw": self._draw,
+            "scale": self._scale,
+            "lost": self._lost,
+            "off": self._off,
+            "losses": list(self._losses),
+            "measured_at": self._measured_at,
+            "paces": list(self._paces),
+            "highest": self._highest,
+            "slopes": list(self._slopes),
+            "last_move": None if self._last_move is None else self._last_move.clone(),
+            "points": [(step, point_D.clone()) for step, point_D in self._points],
+            "average": self._average.state(),
+            "predictors": self._remembered(),
+            "bandit": None if self._bandit is None else self._bandit.state(),
+            "entries": [entry.row() for entry in self.entries],
+            "window": None
+            if window is None
+            else {
+                "start": window.start,
+                "values": window.saved.values,
+                "states": window.saved.states,
+                "average": window.average,
+                "predictors": window.predictors,
+                "point": window.point_D,
+                "entries": window.entries,
+                "arm": window.arm,
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; load the model's and the optimiser's own state as well.
+
+        Raises:
+            UsageError: it is of another network, or of other predictors.
+        """
+        sizes = {point_D.numel() for _, point_D in state["points"]}
+        if sizes != {self._trained.layout.size} or len(state["predictors"]) != len(self._arms):
+            raise UsageError(
+                f"leap: the saved state is of {sorted(sizes)} parameters and {len(state['predictors'])} predictors, "
+                f"expected {self._trained.layout.size} and {len(self._arms)}."
+            )
+        self.step, self.verification, self._draw = state["step"], state["verification"], state["draw"]
+        self._scale, self._lost, self._off = state["scale"], state["lost"], state["off"]
+        self._losses, self._paces, self._slopes = list(state["losses"]), list(state["paces"]), list(state["slopes"])
+        self._highest, self._measured_at = state["highest"], state["measured_at"]
+        self._last_move = state["last_move"]
+        self._points.clear()
+        self._points.extend((step, point_D.clone()) for step, point_D in state["points"])
+        self._average.restore(state["average"])
+        for arm, remembered in zip(self._arms, state["predictors"], strict=True):
+            arm.predictor.restore(remembered)
+        if self._bandit is not None:
+            self._bandit.restore(state["bandit"])
+        self.entries = [Entry(**row) for row in state["entries"]]
+        window = state["window"]
+        self._window = window and _Window(
+            start=window["start"],
+            saved=Saved(window["values"], window["states"]),
+            average=window["average"],
+            predictors=window["predictors"],
+            point_D=window["point"],
+            entries=list(window["entries"]),
+            arm=window["arm"],
+        )

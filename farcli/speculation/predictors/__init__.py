@@ -1,0 +1,1 @@
+"""One predictor a file; the table is `farcli.speculation.table`."""

@@ -1,0 +1,98 @@
+"""Slow momentum whose matrices go at one pace in all their directions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from farcli.speculation.base import Observed, Predictor, Proposal
+
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+_ROUNDS = 5
+
+
+@final
+class Spectral(Predictor):
+    """Momentum on displacements, its matrices made nearly orthogonal.
+
+    With d = w_t − w_{t−P} and b ← μb + d, leap to w_{t−P} + (1 − κ)d + κ·s·U(d + μb), matrix by matrix.
+
+    U replaces a matrix's singular values by about 1; s gives the result the Frobenius norm that d has, so that the
+    leap goes as far as training did, but as fast in the directions where it crept as where it ran. Tensors of one axis,
+    and κ = 0, leap nowhere.
+
+    Source: ours. Orthogonalised momentum is Muon's (Jordan et al. 2024), whose Newton-Schulz coefficients these are;
+    Nesterov momentum on displacements is SNOO's (arXiv 2510.15830).
+    """
+
+    reference = "orthogonalised momentum on displacements: ours, from Muon (Jordan et al. 2024) and SNOO"
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Config:
+        """Options."""
+
+        momentum: float = field(default=0.0, metadata={"help": "μ, what is kept of earlier displacements"})
+        share: float = field(default=1.0, metadata={"help": "κ, of the displacement that is made orthogonal"})
+        gain: float = field(default=1.0, metadata={"help": "length of the orthogonal part, in lengths of d"})
+
+        def __post_init__(self) -> None:
+            if not 0 <= self.momentum < 1:
+                raise ValueError(f"momentum = {self.momentum}, expected 0 or more and less than 1.")
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._momentum_D: Tensor | None = None
+
+    @property
+    def config(self) -> Config:
+        """The options."""
+        return self._config
+
+    @property
+    def context(self) -> int:
+        """Two points."""
+        return 2
+
+    def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
+        """κ(s·U − d) for each matrix."""
+        mu, kappa = self._config.momentum, self._config.share
+        done_D = seen.displacement()
+        if self._momentum_D is None:
+            self._momentum_D = done_D.clone()
+        else:
+            self._momentum_D.mul_(mu).add_(done_D)
+        ahead_D = self._momentum_D.mul(mu).add_(done_D)
+        move_D = torch.zeros_like(done_D)
+        for slot in seen.layout.floats:
+            if len(slot.shape) < 2 or min(slot.shape[0], slot.size // slot.shape[0]) < 2:
+                continue
+            rows = slice(slot.offset, slot.stop)
+            done, wanted = done_D[rows], ahead_D[rows].view(slot.shape[0], -1)
+            even = orthogonal(wanted).reshape(-1)
+            size = float(even.norm())
+            if size > 0:
+                even = even * (self._config.gain * float(done.norm()) / size)
+                move_D[rows] = (even - done) * (kappa * strength)
+        return Proposal(move_D=move_D)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The momentum b."""
+        return {} if self._momentum_D is None else {"momentum": self._momentum_D}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take b back."""
+        self._momentum_D = state["momentum"].clone() if "momentum" in state else None
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """About UVᵀ of a matrix USVᵀ: singular values between .7 and 1.2 after five rounds of a quintic Newton-Schulz."""
+    a, b, c = _QUINTIC
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-30)
+    for _ in range(_ROUNDS):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.T if tall else x

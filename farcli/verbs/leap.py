@@ -1,0 +1,345 @@
+"""Leap while a workload trains: the engine at work, every proposal a row, and a control to count by."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from farcli.errors import StoppedError, UsageError
+from farcli.metrics import LossCurve
+from farcli.provenance import provenance
+from farcli.speculation.leaper import Arm, Leaper, Leaping, Validation, build_predictor
+from farcli.store.disk import Sync
+from farcli.training import TrainingRun, describe_workload, run_seed, threads, workload_from
+from farcli.verbs.leap_ledger import Curve, Journal
+from farcli.workloads.base import Workload, evaluating
+
+
+class WorkloadValidation(Validation):
+    """A workload's own verification data: fresh for each draw, never trained on, never reported.
+
+    Args:
+        workload: that trains.
+        seed: of the run.
+        batches: in a draw.
+    """
+
+    def __init__(self, workload: Workload, seed: int, batches: int) -> None:
+        self._workload = workload
+        self._seed = seed
+        self._batches = batches
+
+    @property
+    def cost(self) -> float:
+        """A forward pass is a third of a step."""
+        return self._batches / 3
+
+    def losses(self, model: nn.Module, draw: int) -> list[float]:
+        """The workload's own loss on each batch of the draw."""
+        batches = self._workload.verification(self._seed, draw, self._batches)
+        with threads(self._workload.threads), evaluating(model):
+            return [float(self._workload.loss(model, batch).sum()) for batch in batches]
+
+
+def leap(
+    workload: str,
+    output: Path | None,
+    *,
+    predictors: Sequence[str] = ("outer",),
+    strengths: Sequence[float] = (1.0,),
+    leaping: Leaping | None = None,
+    settings: Mapping[str, str] | None = None,
+    batches: int = 1,
+    control: bool = False,
+    runs: int = 1,
+    steps: int | None = None,
+    every: int | None = None,
+    seed: int = 0,
+    options: Mapping[str, str] | None = None,
+    replace: bool = False,
+    resume: bool = False,
+    sync: Sync = "commit",
+    time_limit: float | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    report: Callable[[float, float, str], None] = lambda done, total, text: None,
+    told: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Train a workload with leaps, and say what they were worth.
+
+    Args:
+        workload: a name in the table of workloads, or "package.module:Class".
+        output: the store to write: the weights while they leap, `average.zarr` within it for their running average,
+            and the ledger as arrays in the group `ledger`; None writes nothing.
+        predictors: names; more than one, or more than one strength, are arms of a bandit beside "no leap".
+        strengths: what their moves are multiplied by.
+        leaping: how to leap.
+        settings: options of the predictors, as text; of several, those that know them.
+        batches: of verification data in a draw.
+        control: train the same runs without leaps beside them, and count equivalent steps by them.
+        runs: how many; run r has the seed `run_seed(seed, r)`, as in `record`.
+        steps: optimiser steps of each run; the workload's own number when None.
+        every: steps between snapshots and held-out losses; the workload's own number when None.
+        seed: of everything random.
+        options: `--set` options of the workload.
+        replace: replace an existing store.
+        resume: go on with an unfinished store of the same command.
+        sync: how durable each snapshot is made.
+        time_limit: seconds after which to stop as if by a signal.
+        stop: asked before every step.
+        report: called with (steps done, steps in all, text).
+        told: called with the row of every proposal when its verdict is there.
+
+    Returns:
+        A row for each run: path, workload, run, seed, steps, predictor, gate, proposals, accepted, rejected,
+        unverified, verification (cost, in steps), lost (steps, by roll-backs), cost (steps and verification), loss,
+        average_loss (held-out, at the end), chance; with a control also control_loss, control_average_loss,
+        equivalent_steps (of the control's average to the leaping run's average loss, `bound` where the control never
+        got there), net_steps (equivalent steps − cost) and speedup (their ratio).
+
+    Raises:
+        UsageError: an argument cannot be meant, the output exists, or it holds another training.
+        NonFiniteError: training diverged, and no leap is to blame.
+        StoppedError: `stop` or `time_limit` said so; the store can be resumed.
+    """
+    began = time.monotonic()
+    for name, value in (("runs", runs), ("steps", steps), ("every", every), ("batches", batches)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: expected a whole number of at least 1.")
+    task = workload_from(workload, options or {}, steps=steps)
+    steps = steps or task.default_steps
+    every = every or task.default_every
+    how = leaping or Leaping()
+    arms = list(arms_of(predictors, strengths, settings or {}))
+    asked = {
+        "predictors": list(predictors),
+        "strengths": list(strengths),
+        "settings": dict(settings or {}),
+        "leaping": asdict(how),
+        "batches": batches,
+    }
+    if how.gate != "none":
+        task.verification(run_seed(seed, 0), 0, batches)  # refuses where there is none, before anything is trained
+    schedule = sorted({*range(0, steps + 1, every), steps})
+    seeds = [run_seed(seed, run) for run in range(runs)]
+    deadline = began + time_limit if time_limit is not None else float("inf")
+    header = {
+        "workload": describe_workload(workload, task),
+        "seed": seed,
+        "seeds": seeds,
+        "recording": {"steps": steps, "snapshots": {"every": every}},
+        "leap": asked,
+        "provenance": provenance(threads=task.threads or torch.get_num_threads()),
+    }
+    journal = Journal(output, header, schedule, runs, replace=replace, resume=resume, sync=sync)
+    if journal.finished is not None:
+        return _rows(journal.finished, output, workload, seeds, predictors, how, steps, task)
+    done_steps = steps * (2 if control else 1)
+    rows = []
+    with journal:
+        for run, own in enumerate(seeds):
+
+            def reported(done: int, text: str, run: int = run) -> None:
+                report(run * done_steps + done, runs * done_steps, f"run {run}, {text}")
+
+            def stopped() -> bool:
+                return stop() or time.monotonic() > deadline
+
+            rows.append(
+                _train(
+                    task,
+                    own,
+                    run,
+                    schedule,
+                    arms=arms if run == 0 else list(arms_of(predictors, strengths, settings or {})),
+                    leaping=how,
+                    batches=batches,
+                    control=control,
+                    journal=journal,
+                    stopped=stopped,
+                    report=reported,
+                    told=told,
+                )
+            )
+        journal.finish()
+    return _rows(rows, output, workload, seeds, predictors, how, steps, task)
+
+
+def _rows(
+    rows: Sequence[Mapping[str, Any]],
+    output: Path | None,
+    workload: str,
+    seeds: Sequence[int],
+    predictors: Sequence[str],
+    leaping: Leaping,
+    steps: int,
+    task: Workload,
+) -> list[dict[str, Any]]:
+    chance = task.chance()["loss"]
+    return [
+        {
+            "path": None if output is None else str(output),
+            "workload": workload,
+            "run": run,
+            "seed": seeds[run],
+            "steps": steps,
+            "predictor": ",".join(predictors),
+            "gate": leaping.gate,
+            **row,
+            "chance": chance,
+        }
+        for run, row in enumerate(rows)
+    ]
+
+
+def arms_of(names: Sequence[str], strengths: Sequence[float], settings: Mapping[str, str]) -> list[Arm]:
+    """One arm for each predictor and strength; where there are several, "no leap" first.
+
+    Raises:
+        UsageError: a name is unknown, or an option belongs to no predictor.
+    """
+    if not names or not strengths:
+        raise UsageError("leap: no predictor was given.")
+    if len(names) == 1:
+        made = [(names[0], build_predictor(names[0], settings), strength) for strength in strengths]
+    else:
+        made = []
+        unused = set(settings)
+        for name in names:
+            known = _options_known(name, settings)
+            unused -= known.keys()
+            made += [(name, build_predictor(name, known), strength) for strength in strengths]
+        if unused:
+            raise UsageError(f"--option {min(unused)}: none of the predictors {', '.join(names)} has it.")
+    arms = [Arm(*each) for each in made]
+    return arms if len(arms) == 1 else [Arm("none", build_predictor("lookahead", {}), 0.0), *arms]
+
+
+def _options_known(name: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """Those of the options that a predictor has."""
+    known = {}
+    for key, value in settings.items():
+        try:
+            build_predictor(name, {key: value})
+        except UsageError:
+            continue
+        known[key] = value
+    return known
+
+
+def _train(
+    task: Workload,
+    seed: int,
+    run: int,
+    schedule: Sequence[int],
+    *,
+    arms: Sequence[Arm],
+    leaping: Leaping,
+    batches: int,
+    control: bool,
+    journal: Journal,
+    stopped: Callable[[], bool],
+    report: Callable[[int, str], None],
+    told: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """One run with leaps, and its control."""
+    if (done := journal.ended(run)) is not None:
+        return done
+    steps = schedule[-1]
+    training = TrainingRun(task, [seed])
+    fresh = task.batches([seed], steps)  # beyond those that training takes
+    leaper = Leaper(
+        training.model,
+        training.optimizer,
+        arms,
+        options=leaping,
+        validate=None if leaping.gate == "none" else WorkloadValidation(task, seed, batches),
+        fresh=lambda: task.loss(training.model, next(fresh)).sum(),
+        told=lambda entry: told({"run": run, **entry.row()}),
+    )
+    curve = journal.begin(run, training, leaper)
+    with leaper:
+        for step in schedule:
+            if step < training.step:
+                continue
+            while training.step < step:
+                if stopped():
+                    journal.stop(run, training, leaper, curve)
+                leaper.loss(float(training.advance(1)[0]))
+                report(training.step, _news(training.step, curve, leaper))
+            if step == steps:
+                leaper.finish()
+            if not curve or curve[-1][0] < step:
+                journal.snapshot(run, step, training, leaper)
+                curve.append((step, *_losses(task, seed, training, leaper)))
+    account = leaper.account
+    row: dict[str, Any] = {
+        "proposals": account.proposals,
+        "accepted": account.accepted,
+        "rejected": account.rejected,
+        "unverified": account.unverified,
+        "verification": account.verification,
+        "lost": account.lost,
+        "cost": account.cost,
+        "loss": curve[-1][1],
+        "average_loss": curve[-1][2],
+    }
+    if control:
+        row |= _against(task, seed, schedule, leaping, account.cost, curve[-1][2], stopped, report)
+    journal.end(run, row, leaper.entries, curve)
+    return row
+
+
+def _against(
+    task: Workload,
+    seed: int,
+    schedule: Sequence[int],
+    leaping: Leaping,
+    cost: float,
+    reached: float,
+    stopped: Callable[[], bool],
+    report: Callable[[int, str], None],
+) -> dict[str, Any]:
+    """The same run without leaps, its average kept alike, and what the leaping run is worth by it."""
+    training = TrainingRun(task, [seed])
+    still = Leaper(training.model, training.optimizer, [], options=leaping, gate="none")
+    curve: Curve = []
+    with still:
+        for step in schedule:
+            while training.step < step:
+                if stopped():
+                    raise StoppedError(
+                        f"stopped at step {training.step} of the control.", "Run it again with --resume."
+                    )
+                training.advance(1)
+                report(schedule[-1] + training.step, f"control, step {training.step}")
+            curve.append((step, *_losses(task, seed, training, still)))
+    equivalent, bound = LossCurve.of([step for step, *_ in curve], [loss for *_, loss in curve]).steps_to(reached)
+    return {
+        "control_loss": curve[-1][1],
+        "control_average_loss": curve[-1][2],
+        "equivalent_steps": equivalent,
+        "bound": bound,
+        "net_steps": equivalent - cost,
+        "speedup": equivalent / cost,
+    }
+
+
+def _losses(task: Workload, seed: int, training: TrainingRun, leaper: Leaper) -> tuple[float, float]:
+    """Held-out loss of the weights and of their running average."""
+    with threads(task.threads):
+        own = task.evaluate(training.model, seed)["loss"]
+        with leaper.average():
+            return own, task.evaluate(training.model, seed)["loss"]
+
+
+def _news(step: int, curve: Curve, leaper: Leaper) -> str:
+    account = leaper.account
+    loss = f"held-out loss {curve[-1][2]:.4g}, " if curve else ""
+    return (
+        f"step {step}: {loss}{account.accepted + account.unverified} of {account.proposals} leaps kept, "
+        f"about {account.equivalent - account.verification:+.0f} steps"
+    )
