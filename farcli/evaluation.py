@@ -165,11 +165,13 @@ class Measure:
         of: (vector [D], integers [I], run) → {"loss": …, "accuracy": …}.
         chance: the same measures for a guess that ignores the input; None where nobody knows it.
         cost: one measurement in training steps; None where nobody knows it.
+        network: what is measured; None where it is out of sight.
     """
 
     of: Callable[[np.ndarray, np.ndarray, int], dict[str, float]]
     chance: dict[str, float] | None
     cost: float | None
+    network: Network | None = None
 
 
 def measure_of_workload(truth: Trajectory, buffers: EvalBuffers) -> Measure | None:
@@ -199,7 +201,7 @@ def measure_of_workload(truth: Trajectory, buffers: EvalBuffers) -> Measure | No
     def of(vector: np.ndarray, integers: np.ndarray, run: int) -> dict[str, float]:
         return network.evaluate(vector, integers, seeds[run], reestimate_buffers=buffers == "reestimate")
 
-    return Measure(of=of, chance=workload.chance(), cost=cost)
+    return Measure(of=of, chance=workload.chance(), cost=cost, network=network)
 
 
 def measure_of_function(truth: Trajectory, text: str) -> Measure:

@@ -1,0 +1,263 @@
+"""`farcli leap`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from farcli.cli.options import FormatOption, Partial, Quiet, Runs, Settings
+from farcli.cli.output import Column
+
+_SHORT = {"similarity": "activations", "displacement_cosine": "displacements", "past_outcomes": "past outcomes"}
+_REGIMES = ("stable", "transition", "chaotic")
+
+
+def leap(
+    store: Annotated[str, typer.Argument(metavar="STORE", help="A recording, to judge leaps on.")],
+    predictors: Annotated[
+        str,
+        typer.Option(
+            "--predictors",
+            help="momentum (-uncorrected, -bf16, -fp16, -as-coded, -printed), linear, quadratic (-printed), or "
+            "methods that need no fitting: ema, lawa, dmd, …",
+        ),
+    ] = "momentum,linear,quadratic",
+    ahead: Annotated[str, typer.Option("--K", help="Steps of a leap.")] = "5,10,25,50,75,100",
+    cascades: Annotated[
+        str, typer.Option("--cascades", help="Leaps in a row, DEPTHxK; none for none.")
+    ] = "4x25,2x50,10x10",
+    criteria: Annotated[
+        str,
+        typer.Option(
+            "--criteria",
+            help="strict, adaptive, adaptive-published (sees the future), proximity, proximity-printed.",
+        ),
+    ] = "strict,adaptive,proximity",
+    runs: Runs = None,
+    steps: Annotated[
+        str | None, typer.Option("--steps", help="Snapshots to leap from: 100:500, 50,100 or all that can be.")
+    ] = None,
+    delta: Annotated[
+        int | None, typer.Option("--delta", help="Steps between the snapshots looked at; as recorded if not said.")
+    ] = None,
+    context: Annotated[int, typer.Option("--context", help="Snapshots that ema, lawa, dmd, … look at.")] = 5,
+    probes: Annotated[int, typer.Option("--probes", help="Held-out inputs whose activations are compared.")] = 100,
+    high: Annotated[float | None, typer.Option("--high", help="Similarity above which training is stable.")] = None,
+    low: Annotated[float | None, typer.Option("--low", help="Similarity below which it is chaotic.")] = None,
+    percentiles: Annotated[
+        str, typer.Option("--percentiles", help="Low and high as percentiles of each run's similarities.")
+    ] = "30,70",
+    window: Annotated[
+        int | None, typer.Option("--window", help="Losses that adaptive's σ is over; all so far if not said.")
+    ] = None,
+    settings: Settings = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="pkg.mod:fn, state_dict to held-out loss, for stores of scripts.")
+    ] = None,
+    require: Annotated[
+        list[str] | None,
+        typer.Option("--require", help="Exit 5 if below this: linear@25:net_strict=0, accepted_strict=.1; repeatable."),
+    ] = None,
+    limits: Annotated[
+        list[str] | None, typer.Option("--max", help="Exit 5 if above this: linear:inflation_max=2; repeatable.")
+    ] = None,
+    rows: Annotated[str, typer.Option("--rows", help="all (every leap) or summary.")] = "all",
+    partial: Partial = False,
+    format: FormatOption = "auto",
+    quiet: Quiet = False,
+) -> None:
+    """Judge leaps on a recorded run: what Leap+Verify would accept, and what that is worth in training steps.
+
+    Example: farcli leap runs/gpt2.zarr --predictors momentum,linear,quadratic --K 5,10,25,50
+    """
+    from pathlib import Path
+
+    from farcli.errors import UsageError
+
+    if not (Path(store).exists() or store.endswith(".zarr")):
+        raise UsageError(
+            f"leap {store}: is neither a store nor anything else that can be leapt from.",
+            "farcli record gpt2 --with-optimizer -o gpt2.zarr makes a store.",
+        )
+    if rows not in ("all", "summary"):
+        raise UsageError(f"--rows {rows!r}: expected all or summary.")
+    _offline(
+        store,
+        rows,
+        format,
+        quiet,
+        require or [],
+        limits or [],
+        predictors=_words(predictors),
+        ahead=_numbers(ahead, "--K"),
+        cascades=cascades,
+        criteria=_words(criteria),
+        runs=runs,
+        steps=steps,
+        delta=delta,
+        context=context,
+        probes=probes,
+        high=high,
+        low=low,
+        percentiles=percentiles,
+        window=window,
+        settings=settings,
+        loss=loss,
+        partial=partial,
+    )
+
+
+def _offline(
+    store: str,
+    rows: str,
+    form: Any,
+    quiet: bool,
+    require: list[str],
+    limits: list[str],
+    *,
+    cascades: str,
+    percentiles: str,
+    settings: list[str] | None,
+    **rest: Any,
+) -> None:
+    """Leaps on a recording."""
+    from farcli.cli.output import chosen_format, emit, say
+    from farcli.cli.progress import progress
+    from farcli.config import parse_assignments
+    from farcli.errors import UsageError
+    from farcli.verbs.leap_offline import YARDSTICK, leap_offline, parse_cascades
+    from farcli.verbs.leap_offline_summary import check, parse_limits
+
+    least, most = parse_limits(require, "--require"), parse_limits(limits, "--max")
+    try:
+        low, high = (float(part) for part in percentiles.split(","))
+    except ValueError:
+        raise UsageError(f"--percentiles {percentiles!r}: expected two numbers like 30,70.") from None
+    with progress(f"leap {store}", quiet) as report:
+        found = leap_offline(
+            store,
+            cascades=parse_cascades(cascades),
+            percentiles=(low, high),
+            options=parse_assignments(settings or []),
+            warn=(lambda text: None) if quiet else say,
+            report=report,
+            **rest,
+        )
+    if chosen_format(form) == "table":
+        shown, rules = _table(found)
+        emit(shown, _columns(shown), form=form, title=_title(store, found), notes=_notes(found), rule_before=rules)
+    else:
+        emit([row for row in found if rows == "all" or row["kind"] not in ("leap", "cascade")], form=form)
+    check(found, least, most, YARDSTICK)
+
+
+def _words(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    from farcli.errors import UsageError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{flag} {text!r}: expected whole numbers like 5,10,25.") from None
+
+
+def _table(rows: list[dict]) -> tuple[list[dict], list[int]]:
+    """A line for each predictor and K: acceptance by regime as the paper prints it, then what leaps are worth."""
+    from farcli.verbs.leap_offline import YARDSTICK
+
+    summary = {(row["predictor"], row["ahead"], row["regime"]): row for row in rows if row["kind"] == "summary"}
+    accepted = [row for row in rows if row["kind"] == "auc" and row["target"] == "accepted"]
+    aucs = {(row["predictor"], row["ahead"], row["signal"]): row["auc"] for row in accepted}
+    shown: list[dict] = []
+    rules: list[int] = []
+    for predictor in dict.fromkeys(key[0] for key in summary):
+        rules.append(len(shown))
+        distances = list(dict.fromkeys(key[1] for key in summary if key[0] == predictor))
+        for ahead in distances[:1] if predictor == YARDSTICK else distances:
+            whole = summary[predictor, ahead, "all"]
+            names = _criteria(whole)
+            shown.append(
+                {
+                    "predictor": predictor if len(shown) == rules[-1] else " ",
+                    "K": "any" if predictor == YARDSTICK else ahead,
+                    **{regime: _share(summary.get((predictor, ahead, regime)), names[0]) for regime in _REGIMES},
+                    **{name: _share(whole, name) for name in names},
+                    "inflation": whole["inflation"],
+                    "worth": _worth(whole),
+                    "worth_k": whole["worth_k"],
+                    "net": whole[f"net_{names[0]}"],
+                    **{signal: aucs.get((predictor, ahead, signal)) for signal in _SHORT},
+                }
+            )
+    return shown, rules
+
+
+def _criteria(row: dict) -> list[str]:
+    return [key.removeprefix("net_") for key in row if key.startswith("net_")]
+
+
+def _columns(shown: list[dict]) -> list[Column]:
+    forms = {"inflation": ".3g", "worth_k": ".0%", "net": "+.1f", **dict.fromkeys(_SHORT, ".2f")}
+    heads = {"worth_k": "≥ K", "inflation": "loss ×", **{key: f"AUC {text}" for key, text in _SHORT.items()}}
+    spare = {"adaptive": 2, "adaptive-published": 4, "proximity": 1, "proximity-printed": 3, "inflation": 6}
+    spare |= {"similarity": 8, "displacement_cosine": 5, "past_outcomes": 7}
+    return [
+        Column(key=key, heading=str(heads.get(key, key)), form=forms.get(key, ""), spare=spare.get(key, 0))
+        for key in dict.fromkeys(key for row in shown for key in row)
+        if any(row.get(key) is not None for row in shown)
+    ]
+
+
+def _share(row: dict | None, criterion: str) -> str | None:
+    if row is None:
+        return None
+    std = row[f"accepted_{criterion}_std"]
+    return f"{100 * row[f'accepted_{criterion}']:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")
+
+
+def _worth(row: dict) -> str:
+    sign = ("≤ " if row["equivalent_steps"] < 0 else "≥ ") if row["bounded"] > 0.5 else ""
+    low, high = row["equivalent_steps_low"], row["equivalent_steps_high"]
+    return f"{sign}{row['equivalent_steps']:+.0f} [{low:+.0f}, {high:+.0f}]".replace("-", "−")
+
+
+def _title(store: str, rows: list[dict]) -> str:
+    leaps = [row for row in rows if row["kind"] == "leap"]
+    steps = sorted({row["step"] for row in leaps})
+    runs = len({row["run"] for row in leaps})
+    return f"Leaps on {store}: {runs} runs, each from {len(steps)} snapshots, steps {steps[0]} to {steps[-1]}"
+
+
+def _notes(rows: list[dict]) -> list[str]:
+    names = _criteria(next(row for row in rows if row["kind"] == "summary"))
+    notes = [
+        f"stable, transition, chaotic: % accepted by {names[0]} in each regime, mean ± std over runs; "
+        f"{', '.join(names)}: of all snapshots.",
+        "loss ×: median factor · worth: training steps of the run itself that bring the same held-out loss, median",
+        "over snapshots [quartiles] · ≥ K: share worth the K steps skipped · net: mean steps gained by leaping where",
+        f"{names[0]} accepts, less verification · AUC: how well a signal foretells acceptance, .5 is chance.",
+    ]
+    cost = next((row["verification_steps"] for row in rows if row["kind"] == "leap"), None)
+    if cost is not None:
+        notes.append(f"Verifying one leap costs {cost:.2g} steps (two passes over the held-out data).")
+    regimes = [row for row in rows if row["kind"] == "regimes"]
+    if regimes:
+        count = len(regimes)
+        parts = [f"{sum(row[name] for row in regimes) / count:.1f} {name}" for name in _REGIMES]
+        low, high = (sum(row[key] for row in regimes) / count for key in ("low", "high"))
+        notes.append(
+            f"Regimes, snapshots a run: {', '.join(parts)}; thresholds {low:.5f} and {high:.5f} (means over runs)."
+        )
+    regime = "stable" if regimes else "all"
+    done = [row for row in rows if row["kind"] == "cascades" and row["regime"] == regime]
+    for name in dict.fromkeys(row["predictor"] for row in done if row["predictor"] != "persistence"):
+        parts = [_cascade(row) for row in done if row["predictor"] == name]
+        notes.append(f"Cascades of {name} from {regime} snapshots, complete: {'; '.join(parts)}.")
+    return notes
+
+
+def _cascade(row: dict) -> str:
+    net = "" if row["net_steps"] is None else f", net {row['net_steps']:+.1f}"
+    return f"{row['depth']}×{row['ahead']} {100 * row['complete']:.0f} %, worth {row['equivalent_steps']:+.0f}{net}"
