@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from farcli.errors import UsageError
 from farcli.workloads.optimisation import TrainingOptions, build_optimizer, rate_multiple
 
 Batch = tuple[Tensor, ...]
@@ -85,6 +86,26 @@ class Workload(ABC):
         Returns:
             "loss" always, "accuracy" (0 to 1) where it makes sense.
         """
+
+    def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
+        """Held-out batches to verify a leap on: never trained on, and none of what `evaluate` reports.
+
+        They differ from draw to draw, and no example is in two batches of a draw. Where the data are finite, a draw
+        repeats examples of an earlier one only after all of them have been used.
+
+        Args:
+            seed: of the run, from which they are drawn in a stream of their own.
+            draw: its number, from 0.
+            batches: how many, at least 1.
+
+        Returns:
+            Batches for `loss` on a model that holds one run, as large as those of training; fewer, or one smaller
+            batch, where there are not enough examples.
+
+        Raises:
+            UsageError: nothing is left to verify on; the hint says which option leaves some.
+        """
+        raise UsageError(f"{type(self).__name__}: has no data to verify leaps on.", "Implement Workload.verification.")
 
     def calibration(self, seed: int) -> Iterator[Batch]:
         """Training batches to re-estimate BatchNorm statistics from, always the same; none where there is none.

@@ -20,7 +20,7 @@ from farcli.workloads.optimisation import (
     rate_help,
     resolved,
 )
-from farcli.workloads.randomness import seeded, shuffled
+from farcli.workloads.randomness import fresh, seeded, shuffled
 
 _HELD_OUT = 500
 _SPLIT_SEED = 0
@@ -38,12 +38,17 @@ class DigitsCnnConfig(TrainingOptions):
     lr: float | None = field(default=None, metadata=rate_help(_LR))
     weight_decay: float | None = field(default=None, metadata=decay_help(_WEIGHT_DECAY))
     batch: int = field(default=64, metadata={"help": "images a step, drawn by reshuffling every epoch"})
+    held_back: int = field(
+        default=0, metadata={"help": "training images kept out of training, always the same, to verify leaps on"}
+    )
     width: int = field(default=8, metadata={"help": "channels of the first convolution; the second has twice as many"})
 
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
         if self.batch < 2 or self.width < 1:
             raise ValueError(f"batch={self.batch}, width={self.width}, expected at least 2 and 1.")
+        if self.held_back < 0:
+            raise ValueError(f"held_back={self.held_back}, expected at least 0.")
 
 
 @final
@@ -61,9 +66,7 @@ class DigitsCnn(Workload):
 
     def __init__(self, config: DigitsCnnConfig) -> None:
         self._config = resolved(config, lr=_LR, weight_decay=_WEIGHT_DECAY, span=self.default_steps)
-        self._train, self._held_out = _digits(dtype_of(config))
-        if config.batch > len(self._train[1]):
-            raise UsageError(f"digits-cnn: batch={config.batch}, but there are {len(self._train[1])} training images.")
+        self._train, self._held_out, self._held_back = _digits(config)
 
     @property
     def config(self) -> DigitsCnnConfig:
@@ -108,6 +111,16 @@ class DigitsCnn(Workload):
             accuracy = (scores.argmax(1) == labels).double().mean()
             return {"loss": float(cross_entropy(scores, labels)), "accuracy": float(accuracy)}
 
+    def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
+        """Pairs (images, labels) of those held back."""
+        images, labels = self._held_back
+        if not len(labels):
+            raise UsageError(
+                "digits-cnn: no images are left to verify leaps on.", "Keep some out of training: --set held_back=300."
+            )
+        parts = fresh(seed, draw, batches, len(labels), self._config.batch)
+        return [(images[chosen], labels[chosen]) for chosen in parts]
+
     def calibration(self, seed: int) -> Iterator[Batch]:
         """All training images in one batch: the statistics are then exact."""
         yield self._train
@@ -130,8 +143,11 @@ class DigitsCnn(Workload):
         return _HELD_OUT / self._config.batch / 3
 
 
-def _digits(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Images [N, 1, 8, 8] scaled to zero mean and unit variance, and labels: to train on, and held out."""
+def _digits(config: DigitsCnnConfig) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Images [N, 1, 8, 8] scaled to zero mean and unit variance, and labels: to train on, held out, and held back.
+
+    Mean and variance are those of the images trained on.
+    """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -143,6 +159,10 @@ def _digits(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(answers))
     images = torch.tensor(pixels[order], dtype=torch.float32).reshape(-1, 1, 8, 8)
     labels = torch.tensor(answers[order], dtype=torch.int64)
-    train = images[_HELD_OUT:]
-    images = ((images - train.mean()) / train.std()).to(dtype)
-    return (images[_HELD_OUT:], labels[_HELD_OUT:]), (images[:_HELD_OUT], labels[:_HELD_OUT])
+    first = min(_HELD_OUT + config.held_back, len(labels))
+    train = images[first:]
+    if config.batch > len(train):
+        raise UsageError(f"digits-cnn: batch={config.batch}, but there are {len(train)} training images.")
+    images = ((images - train.mean()) / train.std()).to(dtype_of(config))
+    parts = slice(first, None), slice(_HELD_OUT), slice(_HELD_OUT, first)
+    return tuple((images[part], labels[part]) for part in parts)

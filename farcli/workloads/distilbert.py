@@ -40,7 +40,7 @@ from farcli.workloads.optimisation import (
     rate_help,
     resolved,
 )
-from farcli.workloads.randomness import seeded, shuffled
+from farcli.workloads.randomness import fresh, seeded, shuffled
 from farcli.workloads.texts import GET_MINILM, Sentences, labelled_sentences, placed, require_digest
 
 # After 60 steps of 16 with MiniLM: loss .45 with rmsprop, .46 adagrad, .63 sgd, .67 momentum; adamw .45 after 75 of 32.
@@ -48,6 +48,7 @@ _LR = {"sgd": 0.1, "momentum": 0.01, "adam": 5e-5, "adamw": 5e-5, "rmsprop": 2e-
 _WEIGHT_DECAY = {"adamw": 0.01}
 _JUDGED_AT_ONCE = 64
 _JUDGED_SEED = 0
+_BACK_SEED = 1
 _AS_DISTILBERT = {
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_position_embeddings",
@@ -69,6 +70,9 @@ _FROM_BERT = (  # a pattern of BERT's names, and DistilBERT's name for the same 
     (r"encoder\.layer\.(\d+)\.output\.dense", r"transformer.layer.\1.ffn.lin2"),
     (r"encoder\.layer\.(\d+)\.output\.LayerNorm", r"transformer.layer.\1.output_layer_norm"),
 )
+
+_Encoded = tuple[list[Tensor], Tensor]
+"""The tokens of each sentence, and labels of shape [N]."""
 
 
 @final
@@ -106,13 +110,20 @@ class DistilbertConfig(TrainingOptions):
     batch: int = field(default=32, metadata={"help": "sentences a step, drawn by reshuffling every epoch"})
     length: int = field(default=128, metadata={"help": "most tokens of a sentence; what is beyond is cut off"})
     sentences: int = field(default=500, metadata={"help": "held-out sentences that loss and accuracy are taken over"})
+    held_back: int = field(
+        default=0,
+        metadata={
+            "help": "training sentences kept out of training, always the same, to verify leaps on beside those held "
+            "out that nothing is taken over"
+        },
+    )
     digest: str | None = field(
         default=None, metadata={"help": "of the data, to make sure of them; none takes any, and a recording says which"}
     )
 
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
-        for name, least in (("batch", 1), ("length", 3), ("sentences", 1)):
+        for name, least in (("batch", 1), ("length", 3), ("sentences", 1), ("held_back", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least {least}.")
         if self.pretrained is not None and self.size is not None:
@@ -143,10 +154,10 @@ class Distilbert(Workload):
         require_transformers("distilbert")
         data = labelled_sentences(config.data, config.held_out)
         require_digest("distilbert", config.digest, data.digest)
-        if config.batch > len(data.train.texts):
-            raise UsageError(
-                f"distilbert: batch={config.batch}, but there are {len(data.train.texts)} sentences to train on."
-            )
+        order = np.random.default_rng(_BACK_SEED).permutation(len(data.train.texts))
+        back, trained = np.split(order, [min(config.held_back, len(order))])
+        if config.batch > len(trained):
+            raise UsageError(f"distilbert: batch={config.batch}, but there are {len(trained)} sentences to train on.")
         if config.pretrained is not None:
             self._place = Path(config.pretrained)
         else:
@@ -171,11 +182,13 @@ class Distilbert(Workload):
             digest=data.digest,
         )
         encode = self._tokenizer()
-        self._train = encode(data.train)
-        chosen = np.random.default_rng(_JUDGED_SEED).permutation(len(data.held_out.texts))[: self._config.sentences]
-        tokens, labels = encode(data.held_out)
-        order = sorted(chosen, key=lambda index: len(tokens[index]))  # alike in length, so that little is padding
-        self._held_out = [tokens[index] for index in order], labels[torch.tensor(order)]
+        whole = encode(data.train)
+        self._train, held_back = _of(whole, np.sort(trained)), _of(whole, back)
+        order = np.random.default_rng(_JUDGED_SEED).permutation(len(data.held_out.texts))
+        chosen, rest = np.split(order, [self._config.sentences])
+        whole = encode(data.held_out)
+        self._held_out = _of(whole, sorted(chosen, key=lambda index: len(whole[0][index])))  # little is padding then
+        self._spare = _unlike(_joined(_of(whole, rest), held_back), _joined(self._train, self._held_out))
 
     @property
     def config(self) -> DistilbertConfig:
@@ -220,6 +233,18 @@ class Distilbert(Workload):
                 right += int((scores.argmax(1) == labels[part]).sum())
         return {"loss": loss / len(labels), "accuracy": right / len(labels)}
 
+    def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
+        """Triples (tokens, mask, labels) of held-out sentences that nothing is reported on, and those held back."""
+        tokens, labels = self._spare
+        if not tokens:
+            raise UsageError(
+                "distilbert: no sentences are left to verify leaps on.",
+                f"Report on fewer, --set sentences={max(1, self._config.sentences // 2)}, or keep some out of "
+                "training, --set held_back=1000.",
+            )
+        parts = fresh(seed, draw, batches, len(tokens), self._config.batch)
+        return [(*self._padded([tokens[index] for index in part]), labels[part]) for part in parts]
+
     def chance(self) -> dict[str, float]:
         """Always answer with the class frequencies of the training sentences."""
         labels = self._train[1]
@@ -234,8 +259,8 @@ class Distilbert(Workload):
         """A forward pass over the held-out sentences."""
         return self._config.sentences / self._config.batch / 3
 
-    def _tokenizer(self) -> Callable[[Sentences], tuple[list[Tensor], Tensor]]:
-        """The network's own tokenizer: sentences to their tokens, of many lengths, and labels of shape [N]."""
+    def _tokenizer(self) -> Callable[[Sentences], _Encoded]:
+        """The network's own tokenizer."""
         from tokenizers import Tokenizer
         from transformers import DistilBertConfig
 
@@ -256,7 +281,7 @@ class Distilbert(Workload):
         tokenizer.no_padding()
         tokenizer.enable_truncation(length)
 
-        def encode(sentences: Sentences) -> tuple[list[Tensor], Tensor]:
+        def encode(sentences: Sentences) -> _Encoded:
             found = [torch.tensor(each.ids) for each in tokenizer.encode_batch(list(sentences.texts))]
             return found, torch.tensor(sentences.labels)
 
@@ -266,6 +291,21 @@ class Distilbert(Workload):
         """Tokens and a mask that is 1 where there are any, both of shape [sentences, longest]."""
         mask = [torch.ones_like(each) for each in tokens]
         return pad_sequence(tokens, True, self._architecture["pad_token_id"]), pad_sequence(mask, True)
+
+
+def _of(sentences: _Encoded, numbers: Sequence[int] | np.ndarray) -> _Encoded:
+    tokens, labels = sentences
+    return [tokens[number] for number in numbers], labels[torch.from_numpy(np.asarray(numbers, np.int64))]
+
+
+def _joined(a: _Encoded, b: _Encoded) -> _Encoded:
+    return a[0] + b[0], torch.cat([a[1], b[1]])
+
+
+def _unlike(sentences: _Encoded, others: _Encoded) -> _Encoded:
+    """The sentences whose tokens none of the others has: data repeat themselves."""
+    seen = {tokens.numpy().tobytes() for tokens in others[0]}
+    return _of(sentences, [at for at, tokens in enumerate(sentences[0]) if tokens.numpy().tobytes() not in seen])
 
 
 def _as_distilbert(bert: dict[str, Any], place: Path) -> dict[str, Any]:

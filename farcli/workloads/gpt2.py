@@ -39,7 +39,7 @@ from farcli.workloads.optimisation import (
     rate_help,
     resolved,
 )
-from farcli.workloads.randomness import seeded, stream
+from farcli.workloads.randomness import fresh, seeded, stream
 from farcli.workloads.texts import GET_VOCABULARY, placed, require_digest, running_text
 
 # Each the best of 2 to 4, a factor of 2 or 3 apart, after 300 steps of a network of 120,576 parameters.
@@ -155,12 +155,15 @@ class Gpt2(Workload):
         else:
             encode, vocabulary = _byte_pairs(config)
         self._train, held_out = encode(text.train), encode(text.held_out)
+        self._text_held_out = held_out
         context = sizes["context"]
         for what, part in (("to train on", self._train), ("held out", held_out)):
             if len(part) <= context:
                 raise UsageError(f"gpt2: {len(part)} tokens {what}, expected more than context={context}.")
         starts = np.linspace(0, len(held_out) - context - 1, config.windows).astype(np.int64)
         self._held_out = _windows(held_out, starts, context)
+        gaps = zip(starts + context + 1, [*starts[1:], len(held_out)], strict=True)
+        self._spare = np.concatenate([np.arange(first, stop - context, context + 1) for first, stop in gaps])
         self._architecture = {
             "vocab_size": vocabulary,
             "bos_token_id": None,
@@ -221,6 +224,19 @@ class Gpt2(Workload):
                 right += int((scores.argmax(1) == following.flatten()).sum())
         count = self._held_out[1].numel()
         return {"loss": loss / count, "accuracy": right / count}
+
+    def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
+        """Windows of the held-out text between those that `evaluate` reports; none share a token."""
+        context = self._config.context
+        assert context is not None  # filled in
+        if not len(self._spare):
+            raise UsageError(
+                f"gpt2: windows={self._config.windows} of {context} tokens leave no room between them to verify leaps "
+                f"on, in {len(self._text_held_out)} held out.",
+                f"Report on fewer: --set windows={max(1, len(self._text_held_out) // (context + 1) // 2)}.",
+            )
+        parts = fresh(seed, draw, batches, len(self._spare), self._config.batch)
+        return [_windows(self._text_held_out, self._spare[part.numpy()], context) for part in parts]
 
     def chance(self) -> dict[str, float]:
         """Always answer with the tokens' frequencies in the training text, each counted once more than it is there."""

@@ -11,6 +11,7 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +27,7 @@ from farcli.files import staged_file
 from farcli.workloads.base import Batch, Workload, evaluating
 from farcli.workloads.folders import VARIABLE, find, folders
 from farcli.workloads.optimisation import TrainingOptions, dtype_of, resolved
-from farcli.workloads.randomness import shuffled
+from farcli.workloads.randomness import fresh, shuffled
 from farcli.workloads.texts import require_digest
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -66,7 +67,8 @@ class ImageOptions(TrainingOptions):
         },
     )
     train: int = field(
-        default=10_000, metadata={"help": "images to train on, always the same; all, where there are fewer"}
+        default=10_000,
+        metadata={"help": "images to train on, always the same; all, where there are fewer; leaps verify on the rest"},
     )
     held_out: int = field(
         default=2_000, metadata={"help": "images of the test part that a loss is taken over, likewise"}
@@ -102,6 +104,7 @@ class ImageWorkload(Workload):
         """Load the images, and fill in the options that depend on them."""
         data, images = load_images(config.data)
         self._title = images.title
+        self._whole = images.train
         self._train = _subset(images.train, config.train)
         self._held_out = _subset(images.held_out, config.held_out)
         train, held_out = len(self._train[1]), len(self._held_out[1])
@@ -157,6 +160,30 @@ class ImageWorkload(Workload):
                 correct += int((scores.argmax(1) == answers).sum())
         return {"loss": loss / len(labels), "accuracy": correct / len(labels)}
 
+    def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
+        """Pairs (images, labels) of what the option `train` leaves out of the training part."""
+        if not len(self._left_out):
+            raise UsageError(
+                f"{self.name}: train={len(self._train[1])} leaves no images to verify leaps on.",
+                f"Train on fewer: --set train={len(self._train[1]) * 4 // 5}.",
+            )
+        images, labels = self._whole
+        parts = [
+            self._left_out[part.numpy()]
+            for part in fresh(seed, draw, batches, len(self._left_out), self._options.batch)
+        ]
+        return [
+            self._batch((torch.from_numpy(images[part]), torch.from_numpy(labels[part])), slice(None)) for part in parts
+        ]
+
+    @cached_property
+    def _left_out(self) -> np.ndarray:
+        """Numbers of the images of the training part that are not used; nor are their pixels, elsewhere in the data."""
+        images, labels = self._whole
+        used = {sha256(image.tobytes()).digest() for part in (self._train, self._held_out) for image in part[0].numpy()}
+        rest = np.sort(np.random.default_rng(_SPLIT_SEED).permutation(len(labels))[len(self._train[1]) :])
+        return rest[[sha256(images[number].tobytes()).digest() not in used for number in rest]]
+
     def calibration(self, seed: int) -> Iterator[Batch]:
         """At most 2,000 training images, in batches of 250."""
         number, size = _CALIBRATION
@@ -187,7 +214,9 @@ def _subset(part: tuple[np.ndarray, np.ndarray], count: int) -> tuple[Tensor, Te
     """At most `count` images, with their labels, in an order that mixes the classes."""
     images, labels = part
     order = np.random.default_rng(_SPLIT_SEED)
-    chosen = np.sort(order.permutation(len(labels))[:count])  # sorted, to read the file from front to back
+    chosen = np.sort(
+        order.permutation(len(labels))[:count]
+    )  # the rest is left to verify on; sorted, to read the file from front to back
     mixed = order.permutation(len(chosen))
     return torch.from_numpy(np.ascontiguousarray(images[chosen])[mixed]), torch.from_numpy(labels[chosen][mixed])
 

@@ -33,11 +33,18 @@ class Lines:
     noise: float
     dtype: torch.dtype
 
-    def points(self, seed: int, purpose: Purpose, number: int) -> tuple[Tensor, Tensor]:
-        """(x, y) of one run, each of shape [N]: "data" to train on, "held-out" to be judged on."""
+    def points(self, seed: int, purpose: Purpose, number: int, *part: int) -> tuple[Tensor, Tensor]:
+        """(x, y) of one run, each of shape [N]: "data" to train on, "held-out" to be judged on.
+
+        Args:
+            seed: of the run.
+            purpose: what for; all have the same task.
+            number: N.
+            part: which points, of those for a purpose that has several.
+        """
         task = stream(seed, "data")
         a, b = task.normal((_SLOPE, _INTERCEPT), _TASK_STD)
-        generator = task if purpose == "data" else stream(seed, purpose)
+        generator = task if purpose == "data" else stream(seed, purpose, *part)
         x = generator.uniform(-1, 1, number)
         y = a * x + b + self.noise * generator.normal(size=number)
         return torch.tensor(x, dtype=self.dtype), torch.tensor(y, dtype=self.dtype)
@@ -61,6 +68,11 @@ class Lines:
             if number >= epoch:
                 for chosen in order_RN.split(size, dim=1)[first if number == epoch else 0 :]:
                     yield x_RN.gather(1, chosen), y_RN.gather(1, chosen)
+
+    def verification(self, seed: int, draw: int, batches: int, size: int) -> Sequence[Batch]:
+        """Pairs (x, y) of shape [1, size], never drawn before: see `Workload.verification`."""
+        x, y = self.points(seed, "verify", batches * size, draw)
+        return list(zip(x[None].split(size, dim=1), y[None].split(size, dim=1), strict=True))
 
     def chance(self) -> float:
         """Mean over tasks of the best constant's squared error: E[a²]·var(x) + noise variance."""

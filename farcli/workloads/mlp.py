@@ -193,6 +193,10 @@ class Mlp(Workload):
         with evaluating(model):
             return {"loss": float(self.loss(model, (x[None], y[None])).squeeze(0))}
 
+    def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
+        """Fresh points of the same task; no two draws share any."""
+        return self._lines.verification(seed, draw, batches, min(self._config.batch, self._config.points))
+
     def chance(self) -> dict[str, float]:
         """Mean over tasks of the best constant's error."""
         return {"loss": self._lines.chance()}

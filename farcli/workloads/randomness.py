@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Purpose = Literal["data", "held-out", "init", "order", "noise"]
-_PURPOSES: tuple[Purpose, ...] = ("data", "held-out", "init", "order", "noise")
+Purpose = Literal["data", "held-out", "init", "order", "noise", "verify"]
+_PURPOSES: tuple[Purpose, ...] = ("data", "held-out", "init", "order", "noise", "verify")
 """Their places are part of every recording: append only."""
 
 
-def stream(seed: int, purpose: Purpose) -> np.random.Generator:
-    """The random numbers of one run for one purpose; streams do not overlap."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PURPOSES.index(purpose),)))
+def stream(seed: int, purpose: Purpose, *part: int) -> np.random.Generator:
+    """The random numbers of one run for one purpose, or for a numbered part of it; streams do not overlap."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PURPOSES.index(purpose), *part)))
 
 
 @contextmanager
@@ -64,3 +64,26 @@ def shuffled(seed: int, count: int, size: int, start: int = 0) -> Iterator[Tenso
         for index in range(first, batches):
             yield permutation[index * size : (index + 1) * size]
         first = 0
+
+
+def fresh(seed: int, draw: int, batches: int, count: int, size: int) -> list[Tensor]:
+    """Disjoint batches of indices to verify on, other ones for each draw until all indices have been used.
+
+    Draws of the same number of batches walk through a permutation; when what is left of it is too little for another
+    draw, the next permutation begins, and indices come again.
+
+    Args:
+        seed: of the run.
+        draw: number of the draw, from 0.
+        batches: at least 1.
+        count: of examples, at least 1.
+        size: of a batch.
+
+    Returns:
+        Each of shape [size]; fewer than asked for, or one smaller batch, where there are not enough examples.
+    """
+    size = min(size, count)
+    batches = min(batches, count // size)
+    epoch, place = divmod(draw, count // (size * batches))
+    permutation = torch.from_numpy(stream(seed, "verify", epoch).permutation(count))
+    return list(permutation[place * size * batches : (place + 1) * size * batches].split(size))

@@ -30,14 +30,16 @@ def small_options(name: str, folder: Path) -> dict[str, str]:
         case "distilbert":
             pytest.importorskip("transformers")
             options = {"data": str(feelings(folder)), "pretrained": str(tiny_distilbert(folder)), "lr": "0.003"}
-            return options | {"batch": "16", "length": "32", "sentences": "120"}
+            return options | {"batch": "16", "length": "32", "sentences": "120", "held_back": "90"}
+        case "digits-cnn":
+            return {"held_back": "400"}
         case "nas-cnn":
             cell = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|skip_connect~2|"
             options = {"arch": cell, "width": "8", "stride": "1", "optimizer": "adam", "lr": "0.01"}
-            return {"data": "digits", "batch": "64"} | options
+            return {"data": "digits", "train": "900", "batch": "64"} | options
         case "vit":
             options = {"patch": "4", "hidden": "32", "depth": "1", "dropout": "0.1", "lr": "0.003"}
-            return {"data": "digits", "batch": "64"} | options
+            return {"data": "digits", "train": "900", "batch": "64"} | options
         case _:
             return {}
 
@@ -45,7 +47,7 @@ def small_options(name: str, folder: Path) -> dict[str, str]:
 def counting(folder: Path) -> Path:
     """Text that a small network learns: numbered lines."""
     path = folder / "counting.txt"
-    path.write_text("".join(f"This is line {number:05d}.\n" for number in range(3000)))
+    path.write_text("".join(f"This is line {number:05d}.\n" for number in range(6000)))
     return path
 
 

@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from farcli import weights
 from farcli.config import options_of
 from farcli.training import Network, TrainingRun, describe_workload, reestimate, run_seed, threads, workload_from
 from farcli.training import workload_of as rebuilt
-from farcli.workloads.base import Workload
+from farcli.workloads.base import Workload, evaluating
 from farcli.workloads.table import WORKLOADS
 from tests.workloads.small import small_options
 
@@ -203,6 +203,30 @@ def test_held_out_data_is_never_trained_on(workload: Workload):
     assert len(trained) >= 100
     assert len(held_out) >= 100
     assert not trained & held_out
+
+
+def test_what_leaps_are_verified_on_is_neither_reported_nor_trained_on_and_never_comes_twice(workload: Workload):
+    model, size = workload.model([SEED]), workload.config.batch
+    with looking(model, workload.lockstep) as used:
+        workload.evaluate(model, SEED)
+        for batch in chain(islice(workload.batches([SEED]), 90), workload.calibration(SEED)):
+            workload.loss(model, batch)
+    draws = []
+    for draw in range(3):
+        batches = workload.verification(SEED, draw, 2)
+        assert len(batches) == 2
+        for batch in batches:
+            with looking(model, workload.lockstep) as examples, evaluating(model):
+                loss = workload.loss(model, batch)
+            assert loss.shape == ((1,) if workload.lockstep else ())
+            assert torch.isfinite(loss).all()
+            assert len(examples) == batch[0].shape[int(workload.lockstep)] == size
+            draws.append(examples)
+        again = workload.verification(SEED, draw, 2)
+        assert all(torch.equal(a, b) for pair in zip(batches, again, strict=True) for a, b in zip(*pair, strict=True))
+    assert not used & set.union(*draws)
+    assert len(set.union(*draws)) == sum(map(len, draws))
+    assert not torch.equal(workload.verification(OTHER, 0, 1)[0][0], workload.verification(SEED, 0, 1)[0][0])
 
 
 def test_costs_and_schedule_are_sensible(workload: Workload):

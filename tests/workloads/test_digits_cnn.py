@@ -45,6 +45,20 @@ def test_size_is_as_documented(workload: DigitsCnn):
     assert (layout.parameters, layout.size, layout.integers) == (1922, 1970, 2)
 
 
+def test_images_held_back_are_those_not_trained_on_and_change_nothing_else(workload: DigitsCnn):
+    with pytest.raises(UsageError, match="no images are left") as caught:
+        workload.verification(SEED, 0, 1)
+    assert caught.value.hint is not None
+    less = workload_from("digits-cnn", {"held_back": "300"})
+    (trained,), (whole,) = (list(each.calibration(SEED)) for each in (less, workload))
+    assert len(trained[0]) == 997
+    back = [label for draw in range(2) for _, labels in less.verification(SEED, draw, 2) for label in labels.tolist()]
+    assert len(back) == 256
+    assert np.all(np.bincount(back) <= np.bincount(whole[1][:300]))
+    assert torch.equal(trained[1], whole[1][300:])
+    assert float(trained[0].mean()) == pytest.approx(0, abs=1e-5)
+
+
 def test_it_learns_to_read(workload: DigitsCnn):
     run = TrainingRun(workload, [SEED])
     run.advance(80)
@@ -95,6 +109,9 @@ def test_without_scikit_learn_it_says_what_to_install(monkeypatch: pytest.Monkey
         ({"batch": "1"}, "batch=1"),
         ({"batch": "2000"}, "there are 1297 training images"),
         ({"width": "0"}, "width=0"),
+        ({"held_back": "-1"}, "held_back=-1"),
+        ({"held_back": "1240"}, "batch=64, but there are 57 training images"),
+        ({"held_back": "9999"}, "there are 0 training images"),
         ({"lr": "-1"}, "lr=-1"),
     ],
 )

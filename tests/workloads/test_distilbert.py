@@ -162,6 +162,20 @@ def test_held_out_sentences_are_as_many_as_asked_for(folder: Path):
     assert lengths == sorted(lengths)
 
 
+def test_leaps_are_verified_on_what_is_neither_reported_nor_trained_on(folder: Path, tmp_path: Path):
+    assert len(tiny(folder, sentences="40")._spare[0]) == 110
+    workload = tiny(folder, sentences="40", held_back="200")
+    assert len(workload._spare[0]) == 310
+    assert len(workload._train[0]) == 1350 - 200
+    with pytest.raises(UsageError, match="no sentences are left"):
+        tiny(folder, sentences="150").verification(SEED, 0, 1)
+    (tmp_path / "own.tsv").write_text("label\ttext\n" + "good\tword1 good\nbad\tword2 bad\n" * 50)
+    (tmp_path / "held-out.tsv").write_text("label\ttext\ngood\tword3\nbad\tword4 word5\n")
+    same = {"data": str(tmp_path / "own.tsv"), "held_out": str(tmp_path / "held-out.tsv"), "held_back": "50"}
+    with pytest.raises(UsageError, match="no sentences are left"):
+        tiny(folder, **same).verification(SEED, 0, 1)  # all that is kept back is trained on too
+
+
 def test_a_schedule_and_a_number_format(folder: Path):
     workload = tiny(folder, schedule="cosine", warmup="5", span="50", dtype="bfloat16")
     run = TrainingRun(workload, [SEED])

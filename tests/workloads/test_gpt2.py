@@ -125,6 +125,31 @@ def test_held_out_windows_are_spread_over_the_held_out_text(tmp_path: Path):
     assert workload.evaluation_cost() == pytest.approx(5 / 8 / 3)
 
 
+@pytest.mark.parametrize(("windows", "context"), [("1", "48"), ("5", "7"), ("64", "48"), ("500", "48")])
+def test_what_leaps_are_verified_on_shares_no_token_with_what_is_reported(windows: str, context: str):
+    workload = tiny(windows=windows, context=context)
+    workload._text_held_out = torch.arange(len(workload._text_held_out))  # each token is its own place
+    last = len(workload._text_held_out) - int(context) - 1
+    reported = {
+        place + ahead for place in np.linspace(0, last, int(windows)).astype(int) for ahead in range(int(context) + 1)
+    }
+    draws = [workload.verification(SEED, draw, 4) for draw in range(3)]
+    places = [
+        int(place) for draw in draws for batch in draw for row in torch.cat(batch, 1) for place in set(row.tolist())
+    ]
+    assert len(places) == 3 * 4 * 8 * (int(context) + 1) == len(set(places))
+    assert not reported & set(places)
+    assert max(places) < len(workload._text_held_out)
+
+
+def test_windows_without_room_between_them_are_told_how_many_would_leave_some():
+    with pytest.raises(UsageError, match="windows=2000 of 48 tokens leave no room") as caught:
+        tiny(windows="2000").verification(SEED, 0, 1)
+    assert caught.value.hint is not None
+    fewer = caught.value.hint.removesuffix(".").rpartition("=")[2]
+    assert tiny(windows=fewer).verification(SEED, 0, 1)
+
+
 def test_dropout_is_drawn_from_the_seed():
     workload = tiny(dropout="0.2")
     first, again, other = (TrainingRun(workload, [seed]) for seed in (SEED, SEED, run_seed(0, 1)))

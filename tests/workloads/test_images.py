@@ -54,6 +54,17 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_leaps_are_verified_on_what_training_leaves_out():
+    workload = workload_from("nas-cnn", {"data": "digits", "train": "1000", "batch": "32"})
+    images = [image for draw in range(4) for batch in workload.verification(SEED, draw, 2) for image in batch[0]]
+    assert len({image.numpy().tobytes() for image in images}) == 4 * 2 * 32
+    assert [len(batch[1]) for batch in workload.verification(SEED, 0, 99)] == [32] * 9
+    whole = workload_from("nas-cnn", {"data": "digits", "batch": "32"})
+    with pytest.raises(UsageError, match="train=1297 leaves no images") as caught:
+        whole.verification(SEED, 0, 1)
+    assert caught.value.hint == "Train on fewer: --set train=1037."
+
+
 def test_the_official_archive_is_read_in_its_order(official: Path, tmp_path: Path):
     data, images = load_images(str(official))
     assert (data, images.title) == (str(official), "CIFAR-10")
