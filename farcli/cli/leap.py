@@ -1,27 +1,89 @@
 """`farcli leap`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from farcli.cli.options import FormatOption, Partial, Quiet, Runs, Settings
+from farcli.cli.leap_online import online, share
+from farcli.cli.options import Force, FormatOption, Partial, Quiet, Resume, Settings
 from farcli.cli.output import Column
 
 _SHORT = {"similarity": "activations", "displacement_cosine": "displacements", "past_outcomes": "past outcomes"}
 _REGIMES = ("stable", "transition", "chaotic")
 
 
+def _complete(incomplete: str) -> list[str]:
+    from farcli.workloads.table import WORKLOADS
+
+    return [name for name in WORKLOADS if name.startswith(incomplete)]
+
+
 def leap(
-    store: Annotated[str, typer.Argument(metavar="STORE", help="A recording, to judge leaps on.")],
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="STORE|WORKLOAD",
+            help="A recording, to judge leaps on; or a workload, to leap while it trains.",
+            autocompletion=_complete,
+        ),
+    ] = None,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="-- CMD…", help="Or an unmodified training script, as you would run it."),
+    ] = None,
     predictors: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--predictors",
-            help="momentum (-uncorrected, -bf16, -fp16, -as-coded, -printed), linear, quadratic (-printed), or "
-            "methods that need no fitting: ema, lawa, dmd, …",
+            help="On a recording: momentum (-uncorrected, -bf16, -fp16, -as-coded, -printed), linear, quadratic "
+            "(-printed). While training: spectral, outer, shift, moments, … Both: methods that need no fitting.",
         ),
-    ] = "momentum,linear,quadratic",
-    ahead: Annotated[str, typer.Option("--K", help="Steps of a leap.")] = "5,10,25,50,75,100",
+    ] = None,
+    ahead: Annotated[
+        str | None, typer.Option("--K", help="Steps of a leap: 5,10,25 on a recording, one number while training.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="While training: store of weights, average and ledger.")
+    ] = None,
+    every: Annotated[
+        int | None, typer.Option("--every", help="While training: steps between leaps (between what predictors see).")
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option("--gate", help="While training: delayed, strict, adaptive, proximity or none."),
+    ] = None,
+    validate: Annotated[
+        str | None, typer.Option("--validate", help="Of a script: pkg.mod:fn, its model to a held-out loss.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option("--verify-budget", help="While training: share of its cost for verifying: 1%.")
+    ] = None,
+    strength: Annotated[
+        str | None, typer.Option("--strength", help="Factor on leaps; several, 0.5,1, are arms of a bandit.")
+    ] = None,
+    leap_settings: Annotated[
+        list[str] | None,
+        typer.Option("--leap", help="While training: window, memory, freeze, moments, … key=value; repeatable."),
+    ] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="While training: of the predictor, key=value; repeatable.")
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Train the same runs without leaps beside them, and count by them.")
+    ] = False,
+    warm_start: Annotated[
+        str | None, typer.Option("--warm-start-from", help="Recording of a sibling run to start from.")
+    ] = None,
+    snapshots: Annotated[
+        int | None, typer.Option("--snapshots", help="While training: steps between stored snapshots.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of a workload's training.")] = None,
+    force: Force = False,
+    resume: Resume = False,
+    time_limit: Annotated[
+        str | None, typer.Option("--time-limit", help="Stop by the clock and exit 75: 3h50m, 90s.")
+    ] = None,
     cascades: Annotated[
         str, typer.Option("--cascades", help="Leaps in a row, DEPTHxK; none for none.")
     ] = "4x25,2x50,10x10",
@@ -32,9 +94,11 @@ def leap(
             help="strict, adaptive, adaptive-published (sees the future), proximity, proximity-printed.",
         ),
     ] = "strict,adaptive,proximity",
-    runs: Runs = None,
+    runs: Annotated[
+        str | None, typer.Option("--runs", help="Runs to judge leaps on: 8:12; how many to train, of a workload.")
+    ] = None,
     steps: Annotated[
-        str | None, typer.Option("--steps", help="Snapshots to leap from: 100:500, 50,100 or all that can be.")
+        str | None, typer.Option("--steps", help="Snapshots to leap from: 100:500, 50,100; how many, of a workload.")
     ] = None,
     delta: Annotated[
         int | None, typer.Option("--delta", help="Steps between the snapshots looked at; as recorded if not said.")
@@ -65,17 +129,57 @@ def leap(
     format: FormatOption = "auto",
     quiet: Quiet = False,
 ) -> None:
-    """Judge leaps on a recorded run: what Leap+Verify would accept, and what that is worth in training steps.
+    """Judge leaps on a recorded run, or leap while a training runs and keep what verification allows.
 
     Example: farcli leap runs/gpt2.zarr --predictors momentum,linear,quadratic --K 5,10,25,50
+
+    Example: farcli leap gpt2 --steps 1000 --control -o leap.zarr
+
+    Example: farcli leap --every 100 --validate checks:held_out -o leap.zarr -- python train.py
     """
-    from pathlib import Path
-
+    from farcli.cli.record import _NO_WORKLOAD
     from farcli.errors import UsageError
+    from farcli.workloads.table import WORKLOADS
 
+    if target is None or target == _NO_WORKLOAD:
+        raise UsageError(
+            "leap: nothing to leap on: give a STORE, a WORKLOAD, or a command behind `--`."
+            if not command
+            else "leap: a command cannot be leapt with yet; farcli.Leaper does it within a script."
+        )
+    store = target
+    fields = {"every": every, "gate": gate, "ahead": ahead, "budget": None if budget is None else share(budget)}
+    if target in WORKLOADS or ":" in target:
+        online(
+            target,
+            output,
+            predictors=_words(predictors or "spectral"),
+            strengths=_shares(strength or "1"),
+            fields=fields | {"window": window},
+            leap_settings=leap_settings or [],
+            settings=settings or [],
+            options=options or [],
+            form=format,
+            quiet=quiet,
+            require=require or [],
+            time_limit=time_limit,
+            control=control,
+            runs=_count(runs, "--runs") or 1,
+            steps=_count(steps, "--steps"),
+            every=snapshots,
+            seed=0 if seed is None else seed,
+            overwrite=force,
+            resume=resume,
+        )
+        return
+    training = fields | {"-o": output, "--control": control, "--validate": validate, "--strength": strength}
+    training |= {"--leap": leap_settings, "--option": options, "--seed": seed, "--warm-start-from": warm_start}
+    if unfit := next((key for key, value in training.items() if value and key != "ahead"), None):
+        flag = unfit if unfit.startswith("-") else {"budget": "--verify-budget"}.get(unfit, f"--{unfit}")
+        raise UsageError(f"leap {store}: {flag} goes with a training, not with a recording.")
     if not (Path(store).exists() or store.endswith(".zarr")):
         raise UsageError(
-            f"leap {store}: is neither a store nor anything else that can be leapt from.",
+            f"leap {store}: is neither a store nor a workload; workloads are {', '.join(WORKLOADS)}.",
             "farcli record gpt2 --with-optimizer -o gpt2.zarr makes a store.",
         )
     if rows not in ("all", "summary"):
@@ -87,8 +191,8 @@ def leap(
         quiet,
         require or [],
         limits or [],
-        predictors=_words(predictors),
-        ahead=_numbers(ahead, "--K"),
+        predictors=_words(predictors or "momentum,linear,quadratic"),
+        ahead=_numbers(ahead or "5,10,25,50,75,100", "--K"),
         cascades=cascades,
         criteria=_words(criteria),
         runs=runs,
@@ -148,6 +252,25 @@ def _offline(
     else:
         emit([row for row in found if rows == "all" or row["kind"] not in ("leap", "cascade")], form=form)
     check(found, least, most, YARDSTICK)
+
+
+def _count(text: str | None, flag: str) -> int | None:
+    from farcli.errors import UsageError
+
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{flag} {text!r}: expected, of a workload, a whole number of at least 1.")
+    return int(text)
+
+
+def _shares(text: str) -> list[float]:
+    from farcli.errors import UsageError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--strength {text!r}: expected numbers like 0.5,1.") from None
 
 
 def _words(text: str) -> list[str]:

@@ -74,7 +74,7 @@ for _name, _module, _panel in (
     ("workloads", workloads.workloads, "Listings"),
     ("env", env.env, "Listings"),
 ):
-    _parser = record.RecordCommand if _name == "record" else None
+    _parser = record.RecordCommand if _name in ("record", "leap") else None
     app.command(_name, cls=_parser, rich_help_panel=_panel)(subcommand(_name, _module))
 
 

@@ -45,6 +45,7 @@ class Observed:
         weights_CD: the weights there; one tensor [D] a point.
         average_D: the running average of the weights now.
         layout: of the vectors.
+        tables: names of the tensors that are looked up row by row (embeddings), and are no maps between spaces.
         rate: learning rate now.
         moments: Adam's moments now.
         gradient: loss and its gradient [D], on the next fresh training batch, at any weights; a step's cost each.
@@ -54,6 +55,7 @@ class Observed:
     weights_CD: Sequence[Tensor]
     average_D: Tensor
     layout: Layout
+    tables: frozenset[str]
     rate: float
     moments: Callable[[], Moments]
     gradient: Callable[[Tensor], tuple[float, Tensor]]

@@ -344,7 +344,7 @@ class Leaper:
         frozen = self._trained.rate < options.freeze * self._highest
         late = options.until is not None and self.step > options.until
         due = (self.step // options.every) % options.period == 0
-        return due and not (self._off or frozen or late or self.step < options.start)
+        return bool(self._arms) and due and not (self._off or frozen or late or self.step < options.start)
 
     # ------------------------------------------------------------------ leaps
 
@@ -481,8 +481,6 @@ class Leaper:
             self._bandit.reward(window.arm, pace / usual - 1)
         for entry in entries:
             entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
-            if usual is not None and usual > 0:
-                entry.equivalent_steps = (pace / usual - 1) * steps / len(entries)
             self._settle(entry, "accepted", judged.reason)
         self._paces.append(pace)
         self._lost = 0
@@ -570,6 +568,7 @@ class Leaper:
             weights_CD=[point_D for _, point_D in self._points],
             average_D=self._average.weights_D,
             layout=self._trained.layout,
+            tables=self._trained.tables,
             rate=self._trained.rate,
             moments=self._trained.moments,
             gradient=self._gradient,

@@ -22,8 +22,9 @@ class Entry:
         loss_after: right after the leap (immediate), or of the average at the verdict.
         verdict_step: step of the verdict.
         cost: of proposing and verifying, in training steps.
-        equivalent_steps: training steps that the change of loss is worth at the pace of the last verified window;
-            None where no pace is known. An estimate: only a control run knows.
+        equivalent_steps: training steps that the fall of the loss at an immediate gate is worth, at the pace at which
+            loss fell between gates; an estimate, since only a control run knows. None where there is no pace, and for
+            delayed verdicts, which have nothing to compare a window with.
         lost_steps: training steps thrown away by a roll-back.
         verdict: what became of it.
         reason: in words.

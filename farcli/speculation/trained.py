@@ -32,6 +32,7 @@ class Trained:
     Attributes:
         tensors: in the order of the model; tied weights once.
         layout: of the vector; float32, or float64 where a tensor is.
+        tables: names of embeddings.
 
     Raises:
         UsageError: nothing is trained, a tensor is not dense, or is spread over processes.
@@ -56,6 +57,8 @@ class Trained:
         self.layout: Layout = layout_of(
             [(name, tuple(t.shape), str(t.dtype).removeprefix("torch."), "parameter") for name, t in chosen], {}
         )
+        rows = {id(each.weight) for each in model.modules() if isinstance(each, nn.Embedding | nn.EmbeddingBag)}
+        self.tables = frozenset(name for name, tensor in chosen if id(tensor) in rows)
         self.dtype = torch.float64 if any(t.dtype == torch.float64 for t in self.tensors) else torch.float32
         self.device = self.tensors[0].device
         self._shapes = [tuple(tensor.shape) for tensor in self.tensors]

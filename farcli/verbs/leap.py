@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from farcli.store.disk import Sync
 from farcli.training import TrainingRun, describe_workload, run_seed, threads, workload_from
 from farcli.verbs.leap_ledger import Curve, Journal
 from farcli.workloads.base import Workload, evaluating
+
+_PARTS = 4
+"""Of a verification batch, judged one by one."""
 
 
 class WorkloadValidation(Validation):
@@ -39,10 +42,15 @@ class WorkloadValidation(Validation):
         return self._batches / 3
 
     def losses(self, model: nn.Module, draw: int) -> list[float]:
-        """The workload's own loss on each batch of the draw."""
+        """The workload's own loss on quarters of each batch of the draw: their spread says how sure a verdict is."""
         batches = self._workload.verification(self._seed, draw, self._batches)
+        axis = int(self._workload.lockstep)
         with threads(self._workload.threads), evaluating(model):
-            return [float(self._workload.loss(model, batch).sum()) for batch in batches]
+            return [
+                float(self._workload.loss(model, part).sum())
+                for batch in batches
+                for part in zip(*(each.chunk(_PARTS, axis) for each in batch), strict=True)
+            ]
 
 
 def leap(
@@ -60,7 +68,7 @@ def leap(
     every: int | None = None,
     seed: int = 0,
     options: Mapping[str, str] | None = None,
-    replace: bool = False,
+    overwrite: bool = False,
     resume: bool = False,
     sync: Sync = "commit",
     time_limit: float | None = None,
@@ -85,7 +93,7 @@ def leap(
         every: steps between snapshots and held-out losses; the workload's own number when None.
         seed: of everything random.
         options: `--set` options of the workload.
-        replace: replace an existing store.
+        overwrite: replace an existing store.
         resume: go on with an unfinished store of the same command.
         sync: how durable each snapshot is made.
         time_limit: seconds after which to stop as if by a signal.
@@ -113,6 +121,8 @@ def leap(
     steps = steps or task.default_steps
     every = every or task.default_every
     how = leaping or Leaping()
+    if how.until is None:  # a leap on the last steps would have nothing behind it that shows what it was worth
+        how = replace(how, until=steps - (how.window if how.gate == "delayed" else how.every))
     arms = list(arms_of(predictors, strengths, settings or {}))
     asked = {
         "predictors": list(predictors),
@@ -134,7 +144,7 @@ def leap(
         "leap": asked,
         "provenance": provenance(threads=task.threads or torch.get_num_threads()),
     }
-    journal = Journal(output, header, schedule, runs, replace=replace, resume=resume, sync=sync)
+    journal = Journal(output, header, schedule, runs, replace=overwrite, resume=resume, sync=sync)
     if journal.finished is not None:
         return _rows(journal.finished, output, workload, seeds, predictors, how, steps, task)
     done_steps = steps * (2 if control else 1)
@@ -249,6 +259,10 @@ def _train(
     if (done := journal.ended(run)) is not None:
         return done
     steps = schedule[-1]
+    beside = journal.control(run)
+    if control and not beside:
+        beside = _control(task, seed, schedule, leaping, stopped, report)
+    before = steps if control else 0
     training = TrainingRun(task, [seed])
     fresh = task.batches([seed], steps)  # beyond those that training takes
     leaper = Leaper(
@@ -267,9 +281,9 @@ def _train(
                 continue
             while training.step < step:
                 if stopped():
-                    journal.stop(run, training, leaper, curve)
+                    journal.stop(run, training, leaper, curve, beside)
                 leaper.loss(float(training.advance(1)[0]))
-                report(training.step, _news(training.step, curve, leaper))
+                report(before + training.step, _news(training.step, curve, leaper, beside))
             if step == steps:
                 leaper.finish()
             if not curve or curve[-1][0] < step:
@@ -287,23 +301,33 @@ def _train(
         "loss": curve[-1][1],
         "average_loss": curve[-1][2],
     }
-    if control:
-        row |= _against(task, seed, schedule, leaping, account.cost, curve[-1][2], stopped, report)
+    if beside:
+        equivalent, bound = _average_curve(beside).steps_to(curve[-1][2])
+        row |= {
+            "control_loss": beside[-1][1],
+            "control_average_loss": beside[-1][2],
+            "equivalent_steps": equivalent,
+            "bound": bound,
+            "net_steps": equivalent - account.cost,
+            "speedup": equivalent / account.cost,
+        }
     journal.end(run, row, leaper.entries, curve)
     return row
 
 
-def _against(
+def _control(
     task: Workload,
     seed: int,
     schedule: Sequence[int],
     leaping: Leaping,
-    cost: float,
-    reached: float,
     stopped: Callable[[], bool],
     report: Callable[[int, str], None],
-) -> dict[str, Any]:
-    """The same run without leaps, its average kept alike, and what the leaping run is worth by it."""
+) -> Curve:
+    """The same run without leaps, its average kept alike: held-out losses at the same steps.
+
+    Raises:
+        StoppedError: between two steps; a control is trained again from its seed.
+    """
     training = TrainingRun(task, [seed])
     still = Leaper(training.model, training.optimizer, [], options=leaping, gate="none")
     curve: Curve = []
@@ -315,17 +339,13 @@ def _against(
                         f"stopped at step {training.step} of the control.", "Run it again with --resume."
                     )
                 training.advance(1)
-                report(schedule[-1] + training.step, f"control, step {training.step}")
+                report(training.step, f"control, step {training.step}")
             curve.append((step, *_losses(task, seed, training, still)))
-    equivalent, bound = LossCurve.of([step for step, *_ in curve], [loss for *_, loss in curve]).steps_to(reached)
-    return {
-        "control_loss": curve[-1][1],
-        "control_average_loss": curve[-1][2],
-        "equivalent_steps": equivalent,
-        "bound": bound,
-        "net_steps": equivalent - cost,
-        "speedup": equivalent / cost,
-    }
+    return curve
+
+
+def _average_curve(curve: Curve) -> LossCurve:
+    return LossCurve.of([step for step, *_ in curve], [average for *_, average in curve])
 
 
 def _losses(task: Workload, seed: int, training: TrainingRun, leaper: Leaper) -> tuple[float, float]:
@@ -336,10 +356,15 @@ def _losses(task: Workload, seed: int, training: TrainingRun, leaper: Leaper) ->
             return own, task.evaluate(training.model, seed)["loss"]
 
 
-def _news(step: int, curve: Curve, leaper: Leaper) -> str:
+def _news(step: int, curve: Curve, leaper: Leaper, control: Curve) -> str:
+    """Where a leaping run stands, in a line."""
     account = leaper.account
-    loss = f"held-out loss {curve[-1][2]:.4g}, " if curve else ""
-    return (
-        f"step {step}: {loss}{account.accepted + account.unverified} of {account.proposals} leaps kept, "
-        f"about {account.equivalent - account.verification:+.0f} steps"
-    )
+    text = f"step {step}: {account.accepted + account.unverified} of {account.proposals} leaps kept"
+    if account.rejected:
+        text += f", {account.rejected} not"
+    if curve:
+        text += f", held-out loss {curve[-1][2]:.4g} at {curve[-1][0]}"
+    if control and len(curve) > 1:
+        equivalent, _ = _average_curve(control).steps_to(curve[-1][2])
+        text += f", {equivalent - curve[-1][0] - account.verification:+.0f} steps net"
+    return text

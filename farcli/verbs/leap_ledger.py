@@ -67,6 +67,7 @@ class Journal:
         self._replace = replace
         self._sync: Sync = sync
         self._ended: dict[int, dict[str, Any]] = {}
+        self._current: dict[str, Any] | None = None
         self._writers: tuple[TrajectoryWriter, TrajectoryWriter] | None = None
         self._stored: tuple[Trajectory, Trajectory] | None = None
         if output is None:
@@ -99,7 +100,8 @@ class Journal:
             TrajectoryWriter.resume(output / AVERAGE, sync=self._sync),
         )
         if (output / _STATE).exists():
-            self._ended = _load(output / _STATE)["ended"]
+            state = _load(output / _STATE)
+            self._ended, self._current = state["ended"], state["current"]
 
     def __enter__(self) -> "Journal":
         return self
@@ -112,6 +114,11 @@ class Journal:
         """The row of a run that ended before a stop; None where it did not."""
         return self._ended[run]["row"] if run in self._ended else None
 
+    def control(self, run: int) -> Curve:
+        """Held-out losses of the control of the run that was stopped; empty where there are none."""
+        current = self._current
+        return [] if current is None or current["run"] != run else _curve(current["control"])
+
     def begin(self, run: int, training: TrainingRun, leaper: Leaper) -> Curve:
         """Open the store for a run, and bring it to where it was stopped.
 
@@ -122,16 +129,16 @@ class Journal:
             return []
         if self._writers is None:
             self._create(training)
-        state, saved = self.output / _STATE, self.output / _TRAINING
-        if self._replace or not (state.exists() and saved.exists()):
+        saved = self.output / _TRAINING
+        current = self._current
+        if current is None or current["run"] != run or not saved.exists():
             return []
-        current = _load(state).get("current")
-        if current is None or current["run"] != run or not training.restore(saved, most=self._schedule[-1]):
+        if not training.restore(saved, most=self._schedule[-1]):
             return []
         if training.step != current["leaper"]["step"]:
-            raise StoreError(f"{saved}: is of step {training.step}, but {state.name} of {current['leaper']['step']}.")
+            raise StoreError(f"{saved}: is of step {training.step}, but {_STATE} of {current['leaper']['step']}.")
         leaper.load_state_dict(current["leaper"])
-        return [(int(step), float(own), float(average)) for step, own, average in current["curve"]]
+        return _curve(current["curve"])
 
     def _create(self, training: TrainingRun) -> None:
         assert self.output is not None
@@ -180,7 +187,7 @@ class Journal:
                     "Was it begun with other versions, or on another machine? --force begins anew.",
                 )
 
-    def stop(self, run: int, training: TrainingRun, leaper: Leaper, curve: Curve) -> NoReturn:
+    def stop(self, run: int, training: TrainingRun, leaper: Leaper, curve: Curve, control: Curve) -> NoReturn:
         """Save the training and the leaper, and stop.
 
         Raises:
@@ -192,7 +199,7 @@ class Journal:
         for writer in self._writers:
             writer.close()
         training.save(self.output / _TRAINING)
-        self._save({"run": run, "leaper": leaper.state_dict(), "curve": curve})
+        self._save({"run": run, "leaper": leaper.state_dict(), "curve": curve, "control": control})
         raise StoppedError(f"{self.output}: {where}; it is saved.", "Run it again with --resume.")
 
     def end(self, run: int, row: Mapping[str, Any], entries: Sequence[Entry], curve: Curve) -> None:
@@ -217,6 +224,10 @@ class Journal:
         assert self.output is not None
         with staged_file(self.output / _STATE, replace=True) as temporary, open(temporary, "wb") as file:
             torch.save({"ended": self._ended, "current": current}, file)
+
+
+def _curve(rows: Sequence[Sequence[float]]) -> Curve:
+    return [(int(step), float(own), float(average)) for step, own, average in rows]
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -20,8 +20,8 @@ class Spectral(Predictor):
     With d = w_t − w_{t−P} and b ← μb + d, leap to w_{t−P} + (1 − κ)d + κ·s·U(d + μb), matrix by matrix.
 
     U replaces a matrix's singular values by about 1; s gives the result the Frobenius norm that d has, so that the
-    leap goes as far as training did, but as fast in the directions where it crept as where it ran. Tensors of one axis,
-    and κ = 0, leap nowhere.
+    leap goes as far as training did, but as fast in the directions where it crept as where it ran. Tensors of one axis
+    and embeddings, whose rows have nothing to do with each other, stay where they are.
 
     Source: ours. Orthogonalised momentum is Muon's (Jordan et al. 2024), whose Newton-Schulz coefficients these are;
     Nesterov momentum on displacements is SNOO's (arXiv 2510.15830).
@@ -66,7 +66,7 @@ class Spectral(Predictor):
         ahead_D = self._momentum_D.mul(mu).add_(done_D)
         move_D = torch.zeros_like(done_D)
         for slot in seen.layout.floats:
-            if len(slot.shape) < 2 or min(slot.shape[0], slot.size // slot.shape[0]) < 2:
+            if len(slot.shape) < 2 or min(slot.shape[0], slot.size // slot.shape[0]) < 2 or slot.name in seen.tables:
                 continue
             rows = slice(slot.offset, slot.stop)
             done, wanted = done_D[rows], ahead_D[rows].view(slot.shape[0], -1)

@@ -1,0 +1,473 @@
+"""Do leaps pay? Every method at its own best learning rate, against controls at theirs, by net cost to the same loss.
+
+    make leap-bench            four workloads, about three hours on two cores; finished cells are kept
+    python scripts/leap_bench.py --workloads gpt2,cnn --jobs 2
+
+For each workload the controls (constant rate with EMA, cosine, WSD with EMA) and every method sweep the learning rate
+on tuning seeds, by factors of two until the best is not at an edge; settings of a method (how often to leap, μ, η)
+are those that did best on the *other* workloads, settings of a control those that did best on its own. Then the chosen
+ones train on five other seeds with three budgets (half, 0.7 and all of T, the schedule laid out for each), which gives
+held-out loss against net cost: training steps, verification, and what proposing costs in floating-point operations,
+in units of the control's training step. The speed-up is the cost at which a method's line reaches the best control's final loss,
+under the cost of that control; its interval resamples seeds, with those of method and control paired.
+
+Verification data are never trained on and never reported (`Workload.verification`); tuning seeds are never reported.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "leap-bench"
+CELLS = RESULTS / "cells.ndjson"
+BUDGETS = (0.5, 0.7, 1.0)
+TUNING = (100, 101)
+SEEDS = (0, 1, 2, 3, 4)
+_NINO = Path(os.environ.get("FARCLI_NINO", "../shared/data/nino/nino_mlp.pt"))
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A workload as it is trained here."""
+
+    workload: str
+    options: Mapping[str, str]
+    steps: int
+    rate: float
+    warmup: float = 0.06
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        schedule: options of the learning rate.
+        leaping: options of the leaper; None where there is nothing but the average.
+        predictor: what leaps.
+        settings: its choices: of each, options of the predictor and of the leaper ("every", …).
+        reports: which weights the final loss is taken at.
+        control: whether leaps are measured against it.
+        memory: of the running average, as a share of the steps.
+    """
+
+    schedule: Mapping[str, str]
+    predictor: str | None = None
+    settings: Mapping[str, Mapping[str, Any]] | None = None
+    gate: str = "none"
+    reports: str = "average"
+    control: bool = False
+    memory: float = 0.05
+
+
+TASKS = {
+    "gpt2": Task(
+        "gpt2",
+        {"layers": "2", "heads": "2", "width": "64", "context": "64", "batch": "16", "windows": "256"},
+        steps=800,
+        rate=3e-3,
+    ),
+    "cnn": Task("nas-cnn", {"optimizer": "adamw", "held_out": "2000", "batch": "64"}, steps=600, rate=1e-2),
+    "large-batch": Task(
+        "vit",
+        {
+            "optimizer": "adamw",
+            "data": "fashion-mnist",
+            "depth": "2",
+            "hidden": "64",
+            "patch": "7",
+            "batch": "512",
+            "held_out": "2000",
+        },
+        steps=150,
+        rate=2e-3,
+    ),
+    "distilbert": Task(
+        "distilbert", {"length": "32", "batch": "16", "sentences": "400"}, steps=120, rate=5e-5, warmup=0.08
+    ),
+}
+
+METHODS = {
+    "constant + EMA": Method(
+        {"schedule": "constant"},
+        control=True,
+        settings={"memory=.05": {"memory": 0.05}, "memory=.15": {"memory": 0.15}},
+    ),
+    "cosine": Method({"schedule": "cosine"}, control=True, reports="weights"),
+    "WSD + EMA": Method(
+        {"schedule": "wsd"}, control=True, settings={"decay=.25": {"decay": "0.25"}, "decay=.5": {"decay": "0.5"}}
+    ),
+    "spectral, verified": Method(
+        {"schedule": "wsd"},
+        "spectral",
+        {"every=5": {"every": 5}, "every=10": {"every": 10}, "every=10 gain=1.3": {"every": 10, "gain": "1.3"}},
+        gate="delayed",
+    ),
+    "outer momentum (SNOO)": Method(
+        {"schedule": "wsd"},
+        "outer",
+        {
+            "μ=.5 η=.7": {"every": 0.03, "momentum": "0.5", "rate": "0.7"},
+            "μ=.8 η=.4": {"every": 0.03, "momentum": "0.8", "rate": "0.4"},
+        },
+    ),
+    "shift, verified": Method(
+        {"schedule": "wsd"},
+        "shift",
+        {"share=.5": {"every": 0.06, "share": "0.5"}, "share=1": {"every": 0.06, "share": "1"}},
+        gate="delayed",
+    ),
+    "linear, strict (Leap+Verify)": Method(
+        {"schedule": "wsd"}, "linear", {"K=Δ=.06T": {"every": 0.06}, "K=Δ=.02T": {"every": 0.02}}, gate="strict"
+    ),
+    "NiNo-MLP": Method({"schedule": "wsd"}, "nino-mlp", {"5 states": {"every": 0.03, "period": 5, "ahead": 4.0}}),
+    "Lookahead": Method({"schedule": "wsd"}, "lookahead", {"k=5": {"every": 5, "alpha": "0.5"}}),
+    "every leap rejected": Method(
+        {"schedule": "wsd"}, "lookahead", {"away": {"every": 0.02, "alpha": "30"}}, gate="strict"
+    ),
+}
+
+
+# ---------------------------------------------------------------- one training
+
+
+def train(task: str, method: str, setting: str, rate: float, budget: float, seed: int) -> dict[str, Any]:
+    """Train once: held-out losses at the end, and what it cost."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from farcli.errors import NonFiniteError
+    from farcli.speculation.leaper import Arm, Leaper, Leaping, build_predictor
+    from farcli.training import TrainingRun, run_seed, workload_from
+    from farcli.verbs.leap import WorkloadValidation
+
+    torch.set_num_threads(1)
+    what, how = TASKS[task], METHODS[method]
+    chosen = dict((how.settings or {}).get(setting, {}))
+    steps = round(what.steps * budget)
+    warmup = round(what.warmup * steps)
+    options = {**what.options, **how.schedule, "lr": str(rate), "warmup": str(warmup)}
+    if "decay" in chosen:
+        options["decay"] = chosen.pop("decay")
+    memory = max(2, round(chosen.pop("memory", how.memory) * steps))
+    every = chosen.pop("every", 0.05)
+    every = every if isinstance(every, int) else max(2, round(every * steps))
+    period = chosen.pop("period", 1)
+    ahead = chosen.pop("ahead", None)
+    window = max(every, round(steps / 8))
+    leaping = Leaping(
+        every=every,
+        period=period,
+        ahead=None if ahead is None else round(ahead * every),
+        gate=how.gate,  # type: ignore[arg-type]
+        window=window,
+        memory=memory,
+        stride=max(1, memory // 10),
+        start=warmup + every,
+        until=steps - window,
+    )
+    if how.predictor == "nino-mlp":
+        chosen["weights"] = str(_NINO)
+    workload = workload_from(what.workload, options, steps=steps)
+    own = run_seed(seed, 0)
+    training = TrainingRun(workload, [own])
+    with FlopCounterMode(display=False) as counter:
+        workload.loss(training.model, next(workload.batches([own]))).sum().backward()
+    per_step = counter.get_total_flops()
+    training.optimizer.zero_grad()
+    training = TrainingRun(workload, [own])
+    arms = [] if how.predictor is None else [Arm(how.predictor, build_predictor(how.predictor, chosen), 1.0)]
+    proposing = 0
+
+    class Counted(Leaper):
+        """The leaper, with the floating-point operations of its proposals counted."""
+
+        def _leap(self) -> None:
+            nonlocal proposing
+            with FlopCounterMode(display=False) as counter:
+                super()._leap()
+            proposing += counter.get_total_flops()
+
+    validation = None if how.gate == "none" else WorkloadValidation(workload, own, 1)
+    leaper = Counted(training.model, training.optimizer, arms, options=leaping, validate=validation)
+    row: dict[str, Any] = {
+        "task": task,
+        "method": method,
+        "setting": setting,
+        "rate": rate,
+        "budget": budget,
+        "seed": seed,
+        "steps": steps,
+        "loss": None,
+        "average_loss": None,
+    }
+    began = time.process_time()
+    try:
+        with leaper:
+            training.advance(steps)
+            leaper.finish()
+        row["cpu_seconds"] = time.process_time() - began
+        row["loss"] = finite(workload.evaluate(training.model, own)["loss"])
+        with leaper.average():
+            row["average_loss"] = finite(workload.evaluate(training.model, own)["loss"])
+    except NonFiniteError as error:
+        row["diverged"] = str(error)
+    account = leaper.account
+    # What immediate gates do is in the operations of `_leap` as well; it is counted once, as verification.
+    own_work = 0.0 if how.gate not in ("none", "delayed") else proposing / per_step
+    return row | {
+        "verification": account.verification,
+        "proposing": own_work,
+        "cost": steps + account.verification + own_work,
+        "proposals": account.proposals,
+        "accepted": account.accepted + account.unverified,
+        "lost": account.lost,
+    }
+
+
+def finite(value: float) -> float | None:
+    return value if abs(value) < float("inf") else None
+
+
+def reported(row: Mapping[str, Any]) -> float:
+    value = row["loss" if METHODS[row["method"]].reports == "weights" else "average_loss"]
+    return float("inf") if value is None else float(value)
+
+
+# ----------------------------------------------------------------------- cells
+
+Key = tuple[str, str, str, float, float, int]
+
+
+class Cells:
+    """What has been trained; one line of NDJSON each, appended as it comes."""
+
+    def __init__(self, path: Path, jobs: int) -> None:
+        self.path = path
+        self.rows: dict[Key, dict[str, Any]] = {}
+        self._pool = ProcessPoolExecutor(jobs)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            for line in path.read_text().splitlines():
+                row = json.loads(line)
+                self.rows[_key(row)] = row
+
+    def get(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
+        """The rows of these cells, trained where they are not there yet."""
+        missing = [key for key in dict.fromkeys(keys) if key not in self.rows]
+        for done, row in enumerate(self._pool.map(_train, missing), 1):
+            self.rows[_key(row)] = row
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            text = f"{row['task']}, {row['method']}, {row['setting']}, lr {row['rate']:g}, {row['budget']:g} T"
+            print(f"{done}/{len(missing)} {text}, seed {row['seed']}: {reported(row):.4f}", file=sys.stderr, flush=True)
+        return [self.rows[key] for key in keys]
+
+
+def _train(key: Key) -> dict[str, Any]:
+    return train(*key)
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return (row["task"], row["method"], row["setting"], row["rate"], row["budget"], row["seed"])
+
+
+def settings_of(method: str) -> list[str]:
+    return list(METHODS[method].settings or {"": {}})
+
+
+def sweep(cells: Cells, task: str, method: str, setting: str, tuning: Sequence[int]) -> tuple[float, float]:
+    """The best rate and its mean loss over tuning seeds: by factors of two, until the best is not at an edge."""
+    rates = [TASKS[task].rate * factor for factor in (0.5, 1.0, 2.0)]
+    while True:
+        losses = []
+        for rate in rates:
+            rows = cells.get([(task, method, setting, rate, 1.0, seed) for seed in tuning])
+            losses.append(sum(reported(row) for row in rows) / len(rows))
+        best = losses.index(min(losses))
+        if 0 < best < len(rates) - 1 or len(rates) >= 6:
+            return rates[best], losses[best]
+        rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+
+
+# ---------------------------------------------------------------------- results
+
+
+def chosen_settings(
+    best: Mapping[tuple[str, str, str], tuple[float, float]], tasks: Sequence[str]
+) -> dict[tuple[str, str], str]:
+    """For each task and method, the setting to report: a control's best on the task, a method's best on the others."""
+    reference = {
+        task: min(loss for (t, method, _), (_, loss) in best.items() if t == task and METHODS[method].control)
+        for task in tasks
+    }
+    chosen = {}
+    for task in tasks:
+        for method, how in METHODS.items():
+            judges = [task] if how.control or len(tasks) == 1 else [other for other in tasks if other != task]
+            scores = {
+                setting: sum(best[other, method, setting][1] / reference[other] for other in judges)
+                for setting in settings_of(method)
+                if (task, method, setting) in best
+            }
+            if scores:
+                chosen[task, method] = min(scores, key=lambda setting: scores[setting])
+    return chosen
+
+
+def cost_to(costs: Sequence[float], losses: Sequence[float], target: float) -> tuple[float, bool]:
+    """Cost at which a method's line of loss over log cost comes down to a target; whether that is beyond what ran."""
+    import numpy as np
+
+    x, y = np.log(costs), np.asarray(losses, float)
+    for low in range(len(x) - 1):
+        if y[low] >= target >= y[low + 1] and y[low] > y[low + 1]:
+            share = (y[low] - target) / (y[low] - y[low + 1])
+            return float(np.exp(x[low] + share * (x[low + 1] - x[low]))), False
+    first, last = (0, 1) if target > y[0] else (len(x) - 2, len(x) - 1)
+    slope = (y[last] - y[first]) / (x[last] - x[first])
+    if not np.isfinite(slope) or slope >= 0:
+        return (float(costs[0]), True) if target > y[0] else (float("inf"), True)
+    edge = first if target > y[0] else last
+    # no further than a factor of two: a line is no forecast
+    return float(np.exp(np.clip(x[edge] + (target - y[edge]) / slope, x[0] - np.log(2), x[-1] + np.log(2)))), True
+
+
+def compared(
+    cells: Cells,
+    task: str,
+    chosen: Mapping[tuple[str, str], str],
+    best: Mapping[tuple[str, str, str], tuple[float, float]],
+    seeds: Sequence[int],
+) -> list[dict[str, Any]]:
+    """A row for each method: final losses, cost, and the speed-up against the task's best control."""
+    import numpy as np
+
+    tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for method in METHODS:
+        if (task, method) not in chosen:
+            continue
+        setting = chosen[task, method]
+        rate = best[task, method, setting][0]
+        rows = [cells.get([(task, method, setting, rate, budget, seed) for budget in BUDGETS]) for seed in seeds]
+        tables[method] = tuple(
+            np.array([[value(row) for row in each] for each in rows])
+            for value in (reported, lambda row: row["cost"], lambda row: row.get("cpu_seconds") or np.nan)
+        )  # type: ignore[assignment]
+    controls = [method for method in tables if METHODS[method].control]
+    best_control = min(controls, key=lambda method: tables[method][0][:, -1].mean())
+    random = np.random.default_rng(0)
+    draws = random.integers(len(seeds), size=(2000, len(seeds)))
+    result = []
+    for method, (losses, costs, seconds) in tables.items():
+
+        def speedup(rows: np.ndarray, losses: np.ndarray = losses, costs: np.ndarray = costs) -> tuple[float, bool]:
+            own, own_costs, _ = tables[best_control]
+            target = own[rows, -1].mean()
+            cost, bound = cost_to(costs[rows].mean(0), losses[rows].mean(0), target)
+            return own_costs[rows, -1].mean() / cost, bound
+
+        point, bound = speedup(np.arange(len(seeds)))
+        spread = np.quantile([speedup(rows)[0] for rows in draws], (0.025, 0.975))
+        difference = losses[:, -1] - tables[best_control][0][:, -1]
+        worse = np.quantile([difference[rows].mean() for rows in draws], (0.025, 0.975))
+        result.append(
+            {
+                "task": task,
+                "method": method,
+                "setting": chosen[task, method],
+                "rate": best[task, method, chosen[task, method]][0],
+                "best_control": method == best_control,
+                "loss": losses[:, -1].mean(),
+                "loss_sd": losses[:, -1].std(ddof=1),
+                "difference": difference.mean(),
+                "difference_low": worse[0],
+                "difference_high": worse[1],
+                "cost": costs[:, -1].mean() / TASKS[task].steps,
+                "cpu_seconds": seconds[:, -1].mean(),
+                "speedup": point,
+                "speedup_low": spread[0],
+                "speedup_high": spread[1],
+                "bound": bound,
+            }
+        )
+    return [{key: value.item() if hasattr(value, "item") else value for key, value in row.items()} for row in result]
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Iterator[str]:
+    for task in dict.fromkeys(row["task"] for row in rows):
+        what = TASKS[task]
+        options = " ".join(f"{key}={value}" for key, value in what.options.items())
+        yield f"## {task}\n"
+        yield f"`{what.workload}` {options}, T = {what.steps} steps, AdamW, {len(seeds)} seeds.\n"
+        yield "| method | setting | lr | final held-out loss | against best control | cost at T | CPU s | speed-up |"
+        yield "|---|---|---|---|---|---|---|---|"
+        for row in rows:
+            if row["task"] != task:
+                continue
+            name = f"**{row['method']}**" if row["best_control"] else row["method"]
+            difference = (
+                "·"
+                if row["best_control"]
+                else (f"{row['difference']:+.4f} [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]")
+            )
+            sign = "≈" if row["bound"] else ""
+            speedup = (
+                "1"
+                if row["best_control"]
+                else (f"{sign}{row['speedup']:.2f} [{row['speedup_low']:.2f}, {row['speedup_high']:.2f}]")
+            )
+            yield (
+                f"| {name} | {row['setting']} | {row['rate']:g} | {row['loss']:.4f} ± {row['loss_sd']:.4f} "
+                f"| {difference} | {row['cost']:.3f} T | {row['cpu_seconds']:.1f} | {speedup} |"
+            )
+        yield ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", default=",".join(TASKS))
+    parser.add_argument("--methods", default=None, help="only these, by the beginning of their names; controls always")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS))
+    parser.add_argument("--tuning", type=int, default=1, help="tuning seeds")
+    parser.add_argument("--sweep-only", action="store_true")
+    words = parser.parse_args()
+    tasks = words.workloads.split(",")
+    if unknown := [task for task in tasks if task not in TASKS]:
+        parser.error(f"unknown workload {unknown[0]!r}, expected some of {', '.join(TASKS)}")
+    if not _NINO.exists():
+        print(f"NiNo-MLP left out: {_NINO} is not there (FARCLI_NINO names the file).", file=sys.stderr)
+        del METHODS["NiNo-MLP"]
+    if words.methods is not None:
+        wanted = tuple(words.methods.split(","))
+        for method in [name for name, how in METHODS.items() if not how.control and not name.startswith(wanted)]:
+            del METHODS[method]
+    cells = Cells(CELLS, words.jobs)
+    best = {
+        (task, method, setting): sweep(cells, task, method, setting, TUNING[: words.tuning])
+        for task in tasks
+        for method in METHODS
+        for setting in settings_of(method)
+    }
+    if words.sweep_only:
+        return
+    chosen = chosen_settings(best, tasks)
+    rows = []
+    for task in tasks:
+        rows += compared(cells, task, chosen, best, SEEDS[: words.seeds])
+        (RESULTS.parent / "leap-bench.ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = "\n".join(markdown(rows, SEEDS[: words.seeds]))
+        (RESULTS.parent / "leap-bench.md").write_text(text)
+    print((RESULTS.parent / "leap-bench.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
