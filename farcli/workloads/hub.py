@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,15 @@ def stored_weights(place: Path) -> dict[str, Tensor]:
         return load(one_of(place, "model.safetensors"))
     except SafetensorError as error:
         raise UsageError(f"{place}: its model.safetensors cannot be read ({error}).") from error
+
+
+def digest_with_weights(data: str, place: Path) -> str:
+    """Sixteen hexadecimal digits for data, given by theirs, together with the weights of a pretrained network.
+
+    Raises:
+        UsageError: the weights are not there.
+    """
+    return sha256(data.encode() + sha256(one_of(place, "model.safetensors")).digest()).hexdigest()[:16]
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], whose: object) -> None:

@@ -27,9 +27,9 @@ Schedule = Literal["constant", "cosine", "wsd", "cyclical"]
 RULE_HELP = {"help": "update rule, from torch.optim; momentum is SGD with momentum 0.9"}
 
 
-def rate_help(lr: Mapping[str, float]) -> dict[str, str]:
-    """Metadata of the field `lr` of a workload: its default by update rule."""
-    return {"help": f"learning rate; none means {_listed(lr)}"}
+def rate_help(lr: Mapping[str, float], more: str = "") -> dict[str, str]:
+    """Metadata of the field `lr` of a workload: its default by update rule, and what more there is to say."""
+    return {"help": f"learning rate; none means {_listed(lr)}{more}"}
 
 
 def decay_help(weight_decay: Mapping[str, float]) -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load, load_file, save_file
 
 from farcli.errors import UsageError
-from farcli.training import TrainingRun, run_seed, workload_from
+from farcli.training import Network, TrainingRun, run_seed, workload_from
 from farcli.workloads.base import evaluating
 from farcli.workloads.distilbert import Distilbert
 from farcli.workloads.folders import one_of
@@ -174,6 +174,38 @@ def test_leaps_are_verified_on_what_is_neither_reported_nor_trained_on(folder: P
     same = {"data": str(tmp_path / "own.tsv"), "held_out": str(tmp_path / "held-out.tsv"), "held_back": "50"}
     with pytest.raises(UsageError, match="no sentences are left"):
         tiny(folder, **same).verification(SEED, 0, 1)  # all that is kept back is trained on too
+
+
+def test_adapters_start_as_the_pretrained_network_and_only_they_and_the_head_are_trained_and_recorded(folder: Path):
+    plain, workload = tiny(folder), tiny(folder, adapters="2", lr="0.02")
+    tokens, mask, _ = next(plain.batches([SEED]))
+    run = TrainingRun(workload, [SEED])
+    with evaluating(run.model):
+        first = run.model(tokens, mask).logits
+        assert torch.equal(first, plain.model([SEED]).eval()(tokens, mask).logits)
+    frozen = {name: tensor.clone() for name, tensor in run.model.named_buffers()}
+    stored = load_file(folder / "tiny/model.safetensors")
+    assert {
+        name.removeprefix("distilbert.").replace(".layer.weight", ".weight").replace(".layer.bias", ".bias")
+        for name in frozen
+    } >= set(stored)
+    names = {slot.name.split(".")[-1] if "_lin" in slot.name else slot.name for slot in run.layout.slots}
+    assert names == {"down", "up"} | {
+        f"{head}.{each}" for head in ("pre_classifier", "classifier") for each in ("weight", "bias")
+    }
+    assert run.layout.size == 2 * 2 * 2 * 32 + 32 * 33 + 3 * 33
+    before = workload.evaluate(run.model, SEED)["loss"]
+    run.advance(120)
+    after = workload.evaluate(run.model, SEED)["loss"]
+    assert after < before - 0.1
+    assert all(torch.equal(tensor, frozen[name]) for name, tensor in run.model.named_buffers())
+    assert all(float(p.detach().abs().max()) > 0 for name, p in run.model.named_parameters() if name.endswith("up"))
+    network = Network(workload, run.layout)
+    assert network.evaluate(run.vectors()[0], None, SEED)["loss"] == after
+    assert tiny(folder, adapters="2").config.lr == 10 * 5e-5
+    assert workload.config.digest != plain.config.digest
+    with pytest.raises(UsageError, match="adapters=2 are for a pretrained network, not init=scratch"):
+        tiny(folder, adapters="2", init="scratch")
 
 
 def test_a_schedule_and_a_number_format(folder: Path):

@@ -211,6 +211,15 @@ def test_a_pretrained_network_is_loaded_as_it_is(tmp_path: Path):
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, original(tokens).logits)
     assert all(torch.equal(*pair) for pair in zip(model.parameters(), workload.model([1]).parameters(), strict=True))
+    adapted = workload_from("gpt2", {"data": ENGLISH, "pretrained": str(folder), "windows": "2", "adapters": "3"})
+    run = TrainingRun(adapted, [SEED])
+    with torch.no_grad():
+        assert torch.equal(run.model(tokens).logits, original(tokens).logits)
+    assert run.layout.size == sum(p.numel() for p in run.model.parameters()) == 2 * 2 * 2 * 3 * 24
+    q, k, v = run.model.get_submodule("transformer.h.0.attn.c_attn")(torch.ones(1, 24)).chunk(3, dim=-1)
+    run.advance(3)
+    new = run.model.get_submodule("transformer.h.0.attn.c_attn")(torch.ones(1, 24)).chunk(3, dim=-1)
+    assert [torch.equal(*pair) for pair in zip((q, k, v), new, strict=True)] == [False, True, False]
     shorter = workload_from("gpt2", {"data": ENGLISH, "pretrained": str(folder), "context": "8"})
     assert next(shorter.batches([SEED]))[0].shape == (16, 8)
     for options, message in (
@@ -271,6 +280,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.Monkey
         ({"layers": "0"}, "layers=0"),
         ({"width": "33"}, "width=33 cannot be divided by heads=2"),
         ({"dropout": "1"}, "dropout=1"),
+        ({"adapters": "2"}, "adapters=2, expected 0, or more with pretrained=FOLDER"),
         ({"positions": "20"}, "context=48 tokens, but there are 20 positions"),
         ({"context": "9999999"}, "expected more than context=9999999"),
         ({"data": "nowhere.txt"}, "there is no such file; the names are shakespeare, wikitext2"),
