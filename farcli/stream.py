@@ -15,13 +15,15 @@ from torch import Tensor
 from farcli.config import format_size
 from farcli.errors import NonFiniteError, ResourceError, StoreError, UsageError
 from farcli.forecasters.base import Coupling, Prefix
-from farcli.store import Trajectory
+from farcli.store import MappedChunks, Trajectory
 from farcli.store import threads as store_threads
 
 _LARGEST_BLOCK = 16 << 20
 """Bytes beyond which a larger block no longer reads faster but delays the first result."""
 _MOST_READERS = 4
 """Blocks read at once; each costs a block of memory."""
+_LEAST_MAPPED = 2 << 20
+"""Bytes of a block below which mapping it costs more than copying."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,13 +62,16 @@ class Plan:
     """How a source is cut: `runs` runs and `width` coordinates a block, `bytes` of host memory in all.
 
     `readers` blocks are read at once while another is used. One reader shares its block among the store's threads;
-    several have a block each, which spares them from waiting for one another at the end of every block.
+    several have a block each, which spares them from waiting for one another at the end of every block. Where blocks
+    are `mapped`, they are checked and used where the system holds the files, and copied nowhere; a reader then takes
+    several at once, each of one chunk.
     """
 
     runs: int
     width: int
     bytes: int
     readers: int
+    mapped: bool = False
 
 
 def resolve_device(name: str) -> torch.device:
@@ -107,6 +112,7 @@ class Stream:
         extra_rows: rows like those of a run that the consumer will hold per run beside the block
             (its forecasts), counted against `memory`.
         dtype: dtype of the tensors; the store's own when None.
+        mapped: whether finished stores may be used where the system holds them, instead of copied.
 
     Raises:
         UsageError: a step or run is not in a store, or the stores' vectors differ in length.
@@ -126,6 +132,7 @@ class Stream:
         share: float = 1.0,
         extra_rows: int = 0,
         dtype: torch.dtype | None = None,
+        mapped: bool = True,
     ) -> None:
         assert sources
         assert steps_C
@@ -135,6 +142,7 @@ class Stream:
         self.steps_H = tuple(steps_H)
         self.device = device or torch.device("cpu")
         self.dtype = dtype
+        self._may_map = mapped and self.device.type == "cpu"
         first = self.sources[0].trajectory
         self.coordinates = first.layout.size if coordinates is None else coordinates
         for source in self.sources:
@@ -191,11 +199,26 @@ class Stream:
                 width = min(self.coordinates, max(1, budget // (row_bytes(readers) * runs * chunk)) * chunk)
             return Plan(runs=runs, width=width, bytes=row_bytes(readers) * runs * width, readers=readers)
 
+        if self._may_map and trajectory.mappable and self.coupling is Coupling.COORDINATEWISE:
+            mapped = self._plan_mapped(source, rows * chunk * item, self._extra_rows * chunk * item)
+            if mapped is not None:
+                return mapped
         several = plan(min(store_threads.count(), _MOST_READERS))
         blocks = -(-len(source.runs) // several.runs) * -(-self.coordinates // several.width)
         if several.bytes > self._memory or blocks < 2 * several.readers:
             return plan(1)
         return several
+
+    def _plan_mapped(self, source: Source, size: int, extra: int) -> Plan | None:
+        """Blocks of one chunk, of `size` bytes a run, beside `extra` for what the consumer holds of each."""
+        readers = min(store_threads.count(), _MOST_READERS)
+        runs = max(1, min(len(source.runs), _LARGEST_BLOCK // size))
+        chunks = max(1, _LARGEST_BLOCK // (runs * size))
+        taken = runs * (chunks * size * (1 + readers) + extra)
+        if runs * size < _LEAST_MAPPED or taken > self._memory:
+            return None
+        width = min(chunks * source.trajectory.column_chunk, self.coordinates)
+        return Plan(runs=runs, width=width, bytes=taken, readers=readers, mapped=True)
 
     def _requests(self) -> Iterator[_Request]:
         before = 0
@@ -211,32 +234,52 @@ class Stream:
         buffers: list[np.ndarray | None] = [None] * (1 + readers)
         steps = [*self.steps_C, *self.steps_H]
 
-        def read(slot: int, request: _Request) -> np.ndarray:
+        def read(slot: int, request: _Request, chunks: MappedChunks | None) -> list[np.ndarray]:
             index, runs, _, start, stop = request
             trajectory = self.sources[index].trajectory
+            if chunks is not None:
+                return chunks.read(start // trajectory.column_chunk, -(-stop // trajectory.column_chunk))
             shape = (len(runs), len(steps), stop - start)
             count = shape[0] * shape[1] * shape[2]
             buffer = buffers[slot]
             if buffer is None or buffer.size < count or buffer.dtype != trajectory.dtype:
                 buffer = buffers[slot] = np.empty(count, trajectory.dtype)
             out = buffer[:count].reshape(shape)
-            return trajectory.read(runs, steps, start, stop, out=out)
+            return [trajectory.read(runs, steps, start, stop, out=out)]
 
         with store_threads.readers(readers) as pool:
-            ahead: deque[tuple[_Request, Future[np.ndarray]]] = deque()
+            ahead: deque[tuple[_Request, MappedChunks | None, Future[list[np.ndarray]]]] = deque()
+            chunks = None
             try:
                 for number, following in enumerate(self._requests()):
+                    if following[3] == 0:
+                        chunks = self._mapped(following, steps)
                     # Its slot held the block last given, which the caller has let go of by asking for another.
-                    ahead.append((following, pool.submit(read, number % len(buffers), following)))
+                    ahead.append((following, chunks, pool.submit(read, number % len(buffers), following, chunks)))
                     if len(ahead) > readers:
-                        request, future = ahead.popleft()
-                        yield self._block(request, future.result())
+                        yield from self._blocks(*ahead.popleft())
                 while ahead:
-                    request, future = ahead.popleft()
-                    yield self._block(request, future.result())
+                    yield from self._blocks(*ahead.popleft())
             finally:
-                for _, future in ahead:
+                for _, _, future in ahead:
                     future.cancel()
+
+    def _mapped(self, request: _Request, steps: Sequence[int]) -> MappedChunks | None:
+        index, runs, _, _, _ = request
+        return self.sources[index].trajectory.map(runs, steps) if self.plans[index].mapped else None
+
+    def _blocks(
+        self, request: _Request, chunks: MappedChunks | None, future: Future[list[np.ndarray]]
+    ) -> Iterator[Block]:
+        index, runs, position, start, stop = request
+        at = start
+        for values in future.result():
+            part = values[..., : stop - at]
+            yield self._block((index, runs, position, at, at + part.shape[-1]), part)
+            at += part.shape[-1]
+        if chunks is not None:
+            width = self.sources[index].trajectory.column_chunk
+            chunks.release(start // width, -(-stop // width))
 
     def _block(self, request: _Request, values: np.ndarray) -> Block:
         index, runs, position, start, stop = request

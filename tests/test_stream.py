@@ -1,11 +1,15 @@
+import gc
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from farcli.errors import NonFiniteError, ResourceError, UsageError
+from farcli.errors import DamagedError, NonFiniteError, ResourceError, UsageError
 from farcli.forecasters.base import Coupling
 from farcli.layout import layout_of
 from farcli.store import Trajectory, TrajectoryWriter
+from farcli.store.mapping import can_populate
 from farcli.stream import Source, Stream, open_sources, require_finite, resolve_device
 
 STEPS = [0, 10, 20, 30]
@@ -131,3 +135,82 @@ def test_devices():
     assert resolve_device("auto").type in ("cpu", "cuda", "mps")
     with pytest.raises(UsageError, match="abacus"):
         resolve_device("abacus")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A store whose blocks are worth mapping: three chunks of each snapshot, the last of them cut."""
+    return written(tmp_path_factory.mktemp("large") / "run.zarr", [3, 5, 7], 150_000, chunk=(1, 1, 65536))
+
+
+def mapped_stream(trajectory, **options):
+    stream = Stream(
+        [Source(trajectory=trajectory, runs=(7, 3, 5))],
+        coupling=Coupling.COORDINATEWISE,
+        steps_C=STEPS[:3],
+        steps_H=STEPS[3:],
+        **options,
+    )
+    if not can_populate():
+        pytest.skip("this system does not map files safely")
+    return stream
+
+
+@pytest.mark.parametrize("coordinates", [None, 65_536, 140_001])
+def test_mapped_blocks_are_the_copied_ones(large, coordinates):
+    trajectory, values = large
+    stream = mapped_stream(trajectory, coordinates=coordinates)
+    assert stream.plans[0].mapped
+    found = gathered(stream, stream.sources)
+    for index, run in enumerate((3, 5, 7)):
+        np.testing.assert_array_equal(found[0, run], values[index, :, :coordinates])
+    copied = mapped_stream(trajectory, coordinates=coordinates, mapped=False)
+    assert not copied.plans[0].mapped
+    for key, rows in gathered(copied, copied.sources).items():
+        np.testing.assert_array_equal(rows, found[key])
+
+
+def test_what_is_not_mapped(large, tmp_path):
+    trajectory, _ = large
+    assert not mapped_stream(trajectory, memory=6_000_000).plans[0].mapped
+    assert (
+        not Stream([Source(trajectory=trajectory, runs=(3,))], coupling=Coupling.JOINT, steps_C=STEPS).plans[0].mapped
+    )
+    with TrajectoryWriter.create(tmp_path / "going.zarr", trajectory.layout, [0], chunk=(1, 1, 65536)) as writer:
+        writer.append(0, np.zeros((1, 150_000), np.float32))
+        writer.close()
+    assert not Trajectory.open(tmp_path / "going.zarr", partial=True).mappable
+
+
+def test_a_mapped_tensor_lasts_and_is_its_owners(large):
+    trajectory, values = large
+    stream = iter(mapped_stream(trajectory))
+    first = next(stream).prefix.weights_BCD
+    first[0, 0, 0] = 7.0
+    stream.close()
+    del stream
+    gc.collect()
+    assert float(first[0, 0, 0]) == 7.0
+    np.testing.assert_array_equal(first[1].numpy(), values[0, :3, : first.shape[-1]])
+    np.testing.assert_array_equal(trajectory.read([7], [0])[0, 0], values[2, 0])
+
+
+def test_damage_under_a_mapping_is_an_error_and_no_signal(tmp_path):
+    trajectory, _ = written(tmp_path / "bad.zarr", [3, 5, 7], 150_000, chunk=(1, 1, 65536))
+    file = tmp_path / "bad.zarr/weights/c.1.2.0"
+    whole = file.read_bytes()
+    at = 65536 * 4 + 4 + 1000  # in the second chunk
+    file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(DamagedError, match=r"run 5, step 20 is damaged: file weights/c\.1\.2\.0 fails its checksum"):
+        list(mapped_stream(trajectory))
+    file.write_bytes(whole)
+    chunks = Trajectory.open(tmp_path / "bad.zarr").map([5], STEPS)
+    assert chunks is not None
+    os.truncate(file, 5000)
+    with pytest.raises(DamagedError, match=r"run 5, step 20 is damaged: .* cannot be read \(cut short"):
+        chunks.read(1, 2)
+    with pytest.raises(DamagedError, match=r"run 5, step 20 is damaged"):
+        list(mapped_stream(Trajectory.open(tmp_path / "bad.zarr")))
+    file.unlink()
+    with pytest.raises(DamagedError, match=r"c\.1\.2\.0 is missing"):
+        list(mapped_stream(Trajectory.open(tmp_path / "bad.zarr")))

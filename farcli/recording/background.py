@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,8 @@ class Buffer:
 class Background:
     """Writes snapshots in the order they come. One thread fills buffers, one of ours writes them.
 
+    Large ones go past the page cache, which takes least from the training, until it once had to wait for the disk.
+
     Args:
         writer: of the store, or of this process's part of it; used by our thread only, and by `close` when that has
             ended.
@@ -68,12 +70,15 @@ class Background:
     ) -> None:
         self.writer = writer
         self.error: Exception | None = None
+        self._behind = False
         self._on_error = on_error
         self._free: SimpleQueue[Buffer] = SimpleQueue()
         self._work: SimpleQueue[tuple[int, Buffer, bool] | None] = SimpleQueue()
         for _ in range(BUFFERS):
             self._free.put(Buffer(*make()))
         # A daemon: should nobody close us, the interpreter must still be able to end.
+        if isinstance(writer, TrajectoryWriter):
+            writer.past_cache(on=True)
         self._thread = threading.Thread(target=self._run, name="farcli-recorder", daemon=True)
         self._thread.start()
 
@@ -82,7 +87,11 @@ class Background:
 
         Buffers come back in order, so the other one still holds the snapshot submitted last.
         """
-        return self._free.get()
+        try:
+            return self._free.get_nowait()
+        except Empty:
+            self._behind = True
+            return self._free.get()
 
     def put_back(self, buffer: Buffer) -> None:
         """Return a buffer unused."""
@@ -142,6 +151,8 @@ class Background:
         if buffer.ready is not None:
             buffer.ready.synchronize()
             buffer.ready = None
+        if self._behind and isinstance(self.writer, TrajectoryWriter):
+            self.writer.past_cache(on=False)
         if again:
             self.writer.rewind(len(self.writer.steps) - 1)
         integers = buffer.integers.numpy() if self.writer.layout.integers else None

@@ -3,11 +3,22 @@
 from pathlib import Path
 
 from farcli.store.metadata import DOCUMENT
+from farcli.store.native import MappedChunks
 from farcli.store.packing import Packed, pack
 from farcli.store.trajectory import Problem, Trajectory
 from farcli.store.writer import ColumnSink, TrajectoryWriter, write_part
 
-__all__ = ["ColumnSink", "Packed", "Problem", "Trajectory", "TrajectoryWriter", "is_store", "pack", "write_part"]
+__all__ = [
+    "ColumnSink",
+    "MappedChunks",
+    "Packed",
+    "Problem",
+    "Trajectory",
+    "TrajectoryWriter",
+    "is_store",
+    "pack",
+    "write_part",
+]
 
 
 def is_store(path: str | Path) -> bool:

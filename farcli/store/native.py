@@ -10,9 +10,10 @@ returned has passed its checksum, and what is missing is an error, never a fill 
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain
 from math import prod
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from crc32c import crc32c
 
 from farcli.errors import DamagedError
 from farcli.files import disk_error
-from farcli.store.disk import Buffer, publish, reserve, temporary_name, write_all, write_temporary
+from farcli.store.disk import Buffer, Direct, publish, reserve, temporary_name, write_all, write_temporary
+from farcli.store.mapping import MappedFiles, can_populate
 from farcli.store.metadata import ArrayMetadata
 from farcli.store.threads import run_all
 
@@ -102,6 +104,38 @@ class NativeArray:
             run_all(self._read_rows, rows)
         else:
             self._read_boxes(runs, steps, start, stop, out)
+
+    @property
+    def mappable(self) -> bool:
+        """Whether `map` can be asked for: plain chunks, a file for each snapshot, numbers that stay aligned."""
+        meta = self.metadata
+        whole = meta.outer[2] >= meta.shape[2] and meta.outer[:2] == (1, 1)
+        return meta.sharded and whole and meta.decode is None and _CRC % meta.dtype.itemsize == 0 and can_populate()
+
+    def map(self, runs: Sequence[int], steps: Sequence[int]) -> "MappedChunks | None":
+        """Whole snapshots where the system holds them; None where it refuses, or their chunks lie in another order.
+
+        Raises:
+            DamagedError: a file is missing or too short.
+        """
+        assert self.mappable
+        cells = [(run, step) for run in runs for step in steps]
+        damaged = []
+        try:
+            files = MappedFiles(len(cells), self._per_file[2] * (self._chunk_bytes + _CRC))
+            for number, cell in enumerate(cells):
+                with self._open((*cell, 0), cell) as (fd, size, key):
+                    self._place(fd, size, key, (0, 0, 0), cell)
+                    if key not in self._in_order:
+                        return None
+                    files.map(number, fd)
+                    damaged.append(self._naming(cell, key))
+        except OSError:
+            return None
+        return MappedChunks(files, self.metadata, len(runs), damaged)
+
+    def _naming(self, cell: tuple[int, int], key: str) -> Callable[[str], DamagedError]:
+        return lambda what: self._damaged(cell, key, what)
 
     @property
     def _piece(self) -> int:
@@ -306,6 +340,61 @@ class NativeArray:
             raise self._damaged(cell, key, f"cannot be decoded ({error})") from error
 
 
+class MappedChunks:
+    """The chunks of mapped snapshots.
+
+    Args:
+        files: of the snapshots, run by run; chunks lie one behind the other.
+        metadata: of the array.
+        runs: how many.
+        damaged: for each file, makes the error that says what is wrong with it.
+    """
+
+    def __init__(
+        self, files: MappedFiles, metadata: ArrayMetadata, runs: int, damaged: Sequence[Callable[[str], DamagedError]]
+    ) -> None:
+        self._files = files
+        self._bytes = files.data.reshape(-1).data
+        self._metadata = metadata
+        self._shape = (runs, len(damaged) // runs)
+        self._damaged = damaged
+
+    def read(self, first: int, last: int) -> list[np.ndarray]:
+        """Chunks [first, last) of all snapshots, compared with their checksums where they lie.
+
+        Good until they are released; the memory stays for as long as an array, or a part of it, does.
+
+        Returns:
+            For each chunk [runs, steps, coordinates].
+
+        Raises:
+            DamagedError: a file cannot be read or fails its checksum.
+        """
+        meta, pitch = self._metadata, self._files.data.shape[1]
+        size, stride = meta.chunk_bytes, meta.chunk_bytes + _CRC
+        for file, damaged in enumerate(self._damaged):
+            try:
+                self._files.populate(file, first * stride, last * stride)
+            except OSError as error:
+                raise damaged(f"cannot be read ({error.strerror})") from error
+            row = self._bytes[file * pitch : (file + 1) * pitch]
+            for at in range(first * stride, last * stride, stride):
+                if crc32c(row[at : at + size]) != int.from_bytes(row[at + size : at + stride], "little"):
+                    raise damaged(f"fails its checksum (at byte {at})")
+        strides = (self._shape[1] * pitch, pitch, meta.dtype.itemsize)
+        widths = [min(meta.inner[2], meta.shape[2] - chunk * meta.inner[2]) for chunk in range(first, last)]
+        return [
+            np.ndarray((*self._shape, width), meta.dtype, self._bytes, chunk * stride, strides)
+            for chunk, width in zip(range(first, last), widths, strict=True)
+        ]
+
+    def release(self, first: int, last: int) -> None:
+        """Let go of the chunks [first, last), so that they no longer count as memory of this process."""
+        stride = self._metadata.chunk_bytes + _CRC
+        for file in range(len(self._damaged)):
+            self._files.release(file, first * stride, last * stride)
+
+
 class _KeptFiles:
     """Shards left open, because to open one costs as much as reading 100 kB of it; closed with the array.
 
@@ -399,15 +488,17 @@ class SnapshotFile:
     Args:
         path: the file's final path.
         metadata: of the array; one snapshot a shard.
-        sync: whether `seal` puts the bytes on the disk itself.
+        sync: whether the bytes shall be on the disk itself when it is complete.
+        direct: writes past the page cache what comes whole in one `write`.
     """
 
-    def __init__(self, path: Path, metadata: ArrayMetadata, *, sync: bool) -> None:
+    def __init__(self, path: Path, metadata: ArrayMetadata, *, sync: bool, direct: Direct | None = None) -> None:
         assert metadata.sharded
         assert metadata.outer[:2] == (1, 1)
         self.path = path
         self._metadata = metadata
         self._sync = sync
+        self._direct = direct
         self._written = 0
         self._crc = 0
 
@@ -424,18 +515,27 @@ class SnapshotFile:
         """
         stride = self._metadata.chunk_bytes + _CRC
         position = self._written // self._metadata.chunk_bytes * stride + self._written % self._metadata.chunk_bytes
+        direct = self._direct if last and not self._written else None
+        path = temporary_name(self.path)
         try:
-            fd = os.open(temporary_name(self.path), os.O_WRONLY | os.O_CREAT | os.O_TRUNC * (self._written == 0), 0o666)
+            if direct is not None:
+                fd = direct.open(path)
+            else:
+                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC * (self._written == 0), 0o666)
             try:
                 if not self._written:
                     chunks = prod(self._metadata.chunks_per_file)
                     reserve(fd, chunks * (stride + _ENTRY) + _CRC)
                 os.lseek(fd, position, os.SEEK_SET)
-                write_all(fd, self._checked(values.data.cast("B")))
+                pieces = self._checked(values.data.cast("B"))
                 if last:
-                    write_all(fd, self._ending())
-                    if self._sync:
-                        os.fsync(fd)
+                    pieces = chain(pieces, self._ending())
+                if direct is not None:
+                    direct.write(fd, pieces)
+                else:
+                    write_all(fd, pieces)
+                if last and self._sync:
+                    os.fsync(fd)
             finally:
                 os.close(fd)
         except OSError as error:

@@ -23,7 +23,7 @@ from farcli.store.metadata import (
     read_document,
     read_record,
 )
-from farcli.store.native import NativeArray
+from farcli.store.native import MappedChunks, NativeArray
 from farcli.store.threads import map_ordered
 
 if TYPE_CHECKING:
@@ -171,6 +171,23 @@ class Trajectory:
         if out.size:
             self._weights.read(at_runs, at_steps, start, stop, out)
         return out
+
+    @property
+    def mappable(self) -> bool:
+        """Whether `map` may find what it needs."""
+        return self.finished and self.size > 0 and isinstance(self._weights, NativeArray) and self._weights.mappable
+
+    def map(self, runs: Sequence[int], steps: Sequence[int]) -> MappedChunks | None:
+        """Chosen snapshots of a mappable store where the system holds them, to be read chunk by chunk without a copy.
+
+        Chunk i is the coordinates from i · `column_chunk` on. None where the system refuses; `read` always works.
+
+        Raises:
+            UsageError: the store has no such run or step.
+            DamagedError: a file is missing or too short.
+        """
+        assert isinstance(self._weights, NativeArray)
+        return self._weights.map(*self._locate(runs, steps))
 
     def integers(self, run: int, step: int) -> np.ndarray:
         """The integer buffers of one snapshot: int64 [layout.integers].

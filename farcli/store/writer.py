@@ -51,6 +51,8 @@ _UNPLANNED_STEPS = 256
 """Steps in a chunk where nobody knows how many there will be; a chunk is stored at full size."""
 _INTEGER_CHUNK_BYTES = 64 << 10
 _FLUSH_SECONDS = 0.5
+_DIRECT_FROM = 16 << 20
+"""Bytes of a snapshot from which it may be written past the page cache; small ones are the page cache's business."""
 _BUFFER_BYTES = 64 << 20
 """Most bytes of unfilled chunks, or of a sink's columns, held in memory."""
 _CHUNK_NAME = re.compile(r"c\.(\d+)\.(\d+)\.\d+")
@@ -313,6 +315,15 @@ class TrajectoryWriter:
         """The coordinates in each file of a snapshot that has files of its own; one part where it has none."""
         size, file = self.layout.size, self._weights.metadata.outer[2]
         return [slice(start, min(start + file, size)) for start in range(0, max(size, 1), file)]
+
+    def past_cache(self, *, on: bool) -> None:
+        """Write large snapshots past the page cache from now on, or no longer: see `disk.Direct`."""
+        weights = self._weights.metadata
+        large = weights.sharded and prod(weights.outer) * weights.dtype.itemsize >= _DIRECT_FROM
+        if on and large and self._weights.direct is None and hasattr(os, "O_DIRECT"):
+            self._weights.direct = disk.Direct()
+        elif not on:
+            self._weights.direct = None
 
     def append(
         self,
@@ -720,6 +731,8 @@ class _Cells:
         self._written = list(writer.snapshots)
         """Snapshots put so far, of each run."""
         self._sync = sync
+        self.direct: disk.Direct | None = None
+        """How files are written that come whole; None for the page cache."""
         self._files: list[SnapshotFile] = []
         self._given: list[tuple[Path, Path]] = []
         """Files of other processes, and what they shall be called."""
@@ -740,7 +753,7 @@ class _Cells:
         """The files of one snapshot, one for each part; `flush` publishes them."""
         count = -(-self.metadata.shape[2] // self.metadata.outer[2])
         paths = [self.folder / self.metadata.key(run, step, part) for part in range(count)]
-        return [SnapshotFile(path, self.metadata, sync=self._sync) for path in paths]
+        return [SnapshotFile(path, self.metadata, sync=self._sync, direct=self.direct) for path in paths]
 
     def add(self, file: SnapshotFile) -> None:
         """Take charge of a completed file."""

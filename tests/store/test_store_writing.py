@@ -12,7 +12,8 @@ import zarr
 from farcli.errors import DamagedError, StoreError, UnfinishedError, UsageError
 from farcli.layout import layout_of
 from farcli.store import Trajectory, TrajectoryWriter, write_part
-from tests.store.cases import CASES, Case, files
+from farcli.store.disk import Direct
+from tests.store.cases import CASES, Case, files, layout, weights
 
 RESUMABLE = ("tiny lockstep", "tiny one by one", "chunks of 2 runs, 3 steps", "file per snapshot")
 PROVENANCE = {"provenance": {"id": "abc"}}
@@ -386,3 +387,31 @@ def test_a_part_of_another_shape_is_refused(tmp_path):
             write_part(tmp_path / "s.zarr", 1, np.zeros(5, np.float32), tmp_path / "p", sync=False)
         with pytest.raises(StoreError, match="part 9"):
             write_part(tmp_path / "s.zarr", 9, np.zeros(5, np.float32), tmp_path / "p", sync=False)
+
+
+def test_files_written_past_the_page_cache_are_the_same(tmp_path: Path) -> None:
+    size = (20 << 18) + 1001  # 20 MiB of float32 and a little
+    values = weights(1, 3, size)[0]
+    for folder, direct in (("cached", False), ("direct", True)):
+        with TrajectoryWriter.create(tmp_path / folder, layout(size), [0], sync="commit") as writer:
+            for step, vector in enumerate(values):
+                writer.past_cache(on=direct and step != 1)
+                writer.append(step, vector, run=0)
+            writer.finish()
+    for step in range(3):
+        name = f"weights/c.0.{step}.0"
+        assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "cached" / name).read_bytes()
+    assert not list(Trajectory.open(tmp_path / "direct").verify())
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, (4 << 20) - 1, (4 << 20) + 4096 + 3])
+@pytest.mark.parametrize("start", [0, 100], ids=["aligned", "where the file system refuses"])
+def test_whatever_the_size_and_the_file_system(tmp_path: Path, size: int, start: int) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size, np.uint8)
+    direct = Direct()
+    for _ in range(2):
+        fd = direct.open(tmp_path / "file")
+        os.lseek(fd, start, os.SEEK_SET)
+        direct.write(fd, [data[:1000].data, data[1000:1001].data, data[1001:].data])
+        os.close(fd)
+        assert (tmp_path / "file").read_bytes() == bytes(start) * bool(size) + data.tobytes()
