@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from farcli import Recorder
 from farcli.errors import CheckFailedError, NonFiniteError, UsageError
 from farcli.regimes import Thresholds
 from farcli.store import Trajectory, TrajectoryWriter
@@ -271,6 +272,38 @@ def test_a_store_without_moments_or_without_a_workload_is_named(store, small, tm
     )
     assert row["regime"] is None
     assert row["verification_steps"] is None
+
+
+def test_the_moments_and_rates_of_any_loop_are_found(tmp_path):
+    """A recording by `farcli.Recorder`: no workload, learning rates in its journal."""
+    model = torch.nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    states = {}
+    with Recorder(model, optimizer, tmp_path / "loop.zarr", every=2, with_optimizer=True) as recorder:
+        for _ in range(8):
+            optimizer.param_groups[0]["lr"] *= 0.9
+            optimizer.zero_grad()
+            model(inputs).square().sum().backward()
+            optimizer.step()
+            states[recorder.step] = (
+                model.weight.detach().clone(),
+                {k: v.clone() for k, v in optimizer.state[model.weight].items()},
+            )
+    words = {"predictors": ["momentum"], "ahead": [3], "cascades": [], "steps": "6", "loss": f"{__name__}:weight_norm"}
+    [row] = kind(leap_offline(str(tmp_path / "loop.zarr"), **words), "leap", predictor="momentum")
+    weight, state = states[6]
+    direction = state["exp_avg"] / (1 - 0.9**6) / ((state["exp_avg_sq"] / (1 - 0.999**6)).sqrt() + 1e-8)
+    assert row["loss_forecast"] == pytest.approx(float((weight - 3 * 0.01 * 0.9**6 * direction).norm()), rel=1e-5)
+    [row] = kind(leap_offline(str(tmp_path / "loop.zarr"), **words, options={"lr": "0"}), "leap", predictor="momentum")
+    assert row["loss_forecast"] == row["loss_now"]
+    (tmp_path / "loop.zarr/snapshots.ndjson").unlink()
+    with pytest.raises(UsageError, match="step 6: its journal has no learning rates, and momentum needs one"):
+        leap_offline(str(tmp_path / "loop.zarr"), **words)
+
+
+def weight_norm(state):
+    return float(state["weight"].norm())
 
 
 def first_norm(state):
