@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
 .PHONY: help install data demo gfm-table1 far-d2 gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
-.PHONY: lfd-distilbert horizon bench-store bench-record test test-slow format lint types imports check constraints clean
+.PHONY: lfd-distilbert horizon leap-verify leap-moments bench-store bench-record test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -88,6 +88,10 @@ lfd-distilbert: $(VENV)/demo  ## LFD-2 on a recorded fine-tuning, STORE=runs/dis
 
 horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification, for four workloads
 	$(BIN)/python scripts/lfd_tables.py horizon $(FULL)
+
+# Text beside `make data`: WikiText-2, see the README. `FULL=--full` trains 124M parameters: for a GPU.
+leap-verify leap-moments: $(VENV)/dev data/.fetched  ## Leap+Verify again: what it accepts, what that is worth, why momentum failed
+	$(BIN)/python scripts/$(subst -,_,$@).py $(FULL)
 
 far-d2: $(VENV)/demo  ## Weigh far on linear regressions, 20 seeds and the noise-free test bed, into scripts/results
 	$(BIN)/python scripts/far_d2.py
