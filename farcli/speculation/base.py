@@ -118,6 +118,15 @@ class Predictor(ABC):
             UsageError: what it needs is not there.
         """
 
+    def operations(self, layout: Layout, tables: frozenset[str]) -> float | None:
+        """Floating-point operations of a proposal's matrix products, known before the first; None has them counted.
+
+        Args:
+            layout: of the vectors.
+            tables: names of embeddings.
+        """
+        return None
+
     def rejected(self) -> None:  # noqa: B027 - most remember nothing
         """Its last proposal was not made: what it remembers of it is to be forgotten."""
 

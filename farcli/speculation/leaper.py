@@ -3,19 +3,22 @@
 Shape suffixes: D trained coordinates, N batches of a draw of verification data.
 """
 
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from math import exp, isfinite, isnan, sqrt
+from math import isfinite, isnan, sqrt
 from statistics import fmean, stdev
 from time import perf_counter
 from types import TracebackType
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 
 from farcli.config import configure
 from farcli.errors import FarcliError, NonFiniteError, UsageError
@@ -23,7 +26,7 @@ from farcli.forecasters.table import FORECASTERS
 from farcli.registry import resolve, unknown
 from farcli.speculation.bandit import Bandit
 from farcli.speculation.base import Observed, Predictor, Proposal
-from farcli.speculation.gates import Gate, Judged, delayed, immediate
+from farcli.speculation.gates import Gate, Judged, delayed, heard, immediate
 from farcli.speculation.ledger import Account, Entry, Verdict
 from farcli.speculation.predictors.forecast import Forecast
 from farcli.speculation.table import PREDICTORS
@@ -41,6 +44,10 @@ class Validation(Protocol):
     def losses(self, model: nn.Module, draw: int) -> list[float]:
         """Losses of the model as it is on the batches of a draw: the same for the same draw, in evaluation mode."""
         ...
+
+
+_SLOPES = 4
+"""Looks at the slope along the last leap, before the next point."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +68,9 @@ class Leaping:
     )
     window: int = field(default=100, metadata={"help": "steps from a leap to the delayed verdict, at least"})
     budget: float = field(default=0.01, metadata={"help": "share of the training's cost that verifying may take"})
+    compute: float = field(
+        default=0.02, metadata={"help": "share of the training's cost that proposing may take; leaps wait for it"}
+    )
     tolerance: float = field(default=0.005, metadata={"help": "ε of proximity, as a share of the loss"})
     margin: float = field(default=1.0, metadata={"help": "standard errors by which a window may lose before it is"})
     patience: int = field(default=2, metadata={"help": "windows lost in a row after which there are no more leaps"})
@@ -76,8 +86,12 @@ class Leaping:
         default="keep",
         metadata={"help": "Adam's first moments and SGD's momentum after a leap: as they are, 0, or half"},
     )
-    adapt: float = field(
-        default=0.0, metadata={"help": "how fast the strength follows the slopes along the last leap; 0 for not"}
+    watch: float = field(
+        default=1.5,
+        metadata={
+            "help": "mean t of the slopes along the last four leaps, in training's own gradients, above which leaps "
+            "become half as long; 0 for not looking"
+        },
     )
     seed: int = field(default=0, metadata={"help": "of the bandit and of the verification data"})
 
@@ -87,7 +101,7 @@ class Leaping:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected {least} or more.")
         if self.ahead is not None and self.ahead < 1:
             raise ValueError(f"ahead = {self.ahead}, expected 1 or more.")
-        for name in ("budget", "tolerance", "margin", "freeze", "adapt", "start"):
+        for name in ("budget", "tolerance", "margin", "freeze", "watch", "compute", "start"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} = {getattr(self, name)}, expected 0 or more.")
 
@@ -118,6 +132,41 @@ def build_predictor(name: str, options: Mapping[str, str]) -> Predictor:
     return chosen(configure(chosen.Config, options, name))
 
 
+def arms_of(names: Sequence[str], strengths: Sequence[float], settings: Mapping[str, str]) -> list[Arm]:
+    """One arm for each predictor and strength; where there are several, "no leap" first.
+
+    Raises:
+        UsageError: a name is unknown, or an option belongs to no predictor.
+    """
+    if not names or not strengths:
+        raise UsageError("leap: no predictor was given.")
+    if len(names) == 1:
+        made = [(names[0], build_predictor(names[0], settings), strength) for strength in strengths]
+    else:
+        made = []
+        unused = set(settings)
+        for name in names:
+            known = _options_known(name, settings)
+            unused -= known.keys()
+            made += [(name, build_predictor(name, known), strength) for strength in strengths]
+        if unused:
+            raise UsageError(f"--option {min(unused)}: none of the predictors {', '.join(names)} has it.")
+    arms = [Arm(*each) for each in made]
+    return arms if len(arms) == 1 else [Arm("none", build_predictor("lookahead", {}), 0.0), *arms]
+
+
+def _options_known(name: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """Those of the options that a predictor has."""
+    known = {}
+    for key, value in settings.items():
+        try:
+            build_predictor(name, {key: value})
+        except UsageError:
+            continue
+        known[key] = value
+    return known
+
+
 class _Function(Validation):
     """A function of the user's: one loss, always of the same data, timed against the training's steps."""
 
@@ -136,6 +185,7 @@ class _Function(Validation):
         """The function's loss, with the model in evaluation mode."""
         began = perf_counter()
         modes = [(module, module.training) for module in model.modules()]
+        drawn = random.getstate(), np.random.get_state()
         model.eval()
         try:
             with torch.no_grad():
@@ -148,6 +198,8 @@ class _Function(Validation):
         finally:
             for module, training in modes:
                 module.training = training
+            random.setstate(drawn[0])
+            np.random.set_state(drawn[1])
         self._took = perf_counter() - began
         if isnan(loss):
             raise NonFiniteError("leap: the validation function returned NaN, expected a loss.")
@@ -156,12 +208,16 @@ class _Function(Validation):
 
 def mean_over_processes(losses_N: Sequence[float], device: torch.device) -> list[float]:
     """The same losses in every process of a distributed training, so that all judge alike."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if _processes() == 1:
         return list(losses_N)
     total = torch.tensor(losses_N, dtype=torch.float64, device=device)
-    distributed.all_reduce(total)
-    return (total / distributed.get_world_size()).tolist()
+    torch.distributed.all_reduce(total)
+    return (total / _processes()).tolist()
+
+
+def _processes() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 @dataclass(slots=True)
@@ -192,15 +248,18 @@ class Leaper:
         optimizer: that trains it, or several side by side: the last one's step counts.
         predictor: a name, or arms of a bandit: (name, predictor, strength).
         options: how to leap; or give its fields as keywords.
-        validate: `Validation`, or a function of the model that returns a held-out loss; needed but for gate "none".
+        validate: `Validation`, or a function of the model that returns a held-out loss. Without one the gate
+            "delayed" goes by the training's losses, which the loop must then say by `loss`, each step's.
+        step_flops: floating-point operations of a training step, to count proposals by; None has them timed.
         fresh: returns the training loss of the model on the next fresh batch, for predictors that ask for gradients.
         settings: options of the predictor, as text.
         told: called with every entry of the ledger when its verdict is there.
+        step: optimiser steps taken before.
 
     Attributes:
         step: optimiser steps taken.
         entries: the ledger.
-        verification: cost so far of verifying and proposing, in training steps.
+        verification: cost so far of verifying, in training steps.
     """
 
     def __init__(
@@ -211,9 +270,11 @@ class Leaper:
         *,
         options: Leaping | None = None,
         validate: Validation | Callable[[nn.Module], float] | None = None,
+        step_flops: float | None = None,
         fresh: Callable[[], Tensor] | None = None,
         settings: Mapping[str, str] | None = None,
         told: Callable[[Entry], None] = lambda entry: None,
+        step: int = 0,
         **fields: Any,
     ) -> None:
         try:
@@ -230,15 +291,15 @@ class Leaper:
             arms = list(predictor)
         self._arms = arms
         self._bandit = Bandit([arm.strength for arm in arms], seed=self.options.seed) if len(arms) > 1 else None
-        if self.options.gate != "none" and validate is None:
+        if self.options.gate not in ("none", "delayed") and validate is None:
             raise UsageError(
                 f"leap: gate {self.options.gate!r} verifies on held-out data, and there is none.",
-                "Give a validation function, or choose the gate none.",
+                "Give a validation function, or choose the gate delayed, which can go by the training's losses.",
             )
         self._validation = _Function(validate, lambda: self._seconds) if callable(validate) else validate
         self._fresh = fresh
         self._told = told
-        self.step = 0
+        self.step = step
         self.entries: list[Entry] = []
         self.verification = 0.0
         keep = max(3, *(arm.predictor.context for arm in arms)) if arms else 3
@@ -253,11 +314,20 @@ class Leaper:
         self._paces: list[float] = []
         self._highest = 0.0
         self._slopes: list[float] = []
+        self._rises: deque[float] = deque(maxlen=4)
+        self._proposal_costs: dict[int, float] = {}
+        self._step_flops = step_flops
+        self._proposing = 0.0
         self._last_move: Tensor | None = None
         self._hooks: list[Any] = []
         self._seconds = 0.0
         self._ended: float | None = None
-        self._points.append((0, self._trained.read()))
+        self._points.append((step, self._trained.read()))
+        self._unit = 0.0 if self._validation is None else self._validation.cost
+        hear = self.options.gate == "delayed" and self._validation is None
+        self._heard: deque[tuple[int, Tensor | float]] | None = (
+            deque(maxlen=2 * (self.options.window + self.options.every)) if hear else None
+        )
 
     # ------------------------------------------------------------------ doors
 
@@ -281,9 +351,17 @@ class Leaper:
         else:
             self.retreat("training ended with an error")
 
-    def loss(self, value: float) -> None:
-        """Say the training loss of the step just taken; one that is not finite takes back unverified leaps."""
-        if not isfinite(value) and self._window is not None:
+    def loss(self, value: float | Tensor) -> None:
+        """Say the training loss of the step just taken; one that is not finite takes back unverified leaps.
+
+        Args:
+            value: a number; or a scalar tensor, which on a GPU is not waited for, nor looked at before a verdict.
+        """
+        if self._heard is not None:
+            self._heard.append((self.step, value.detach() if isinstance(value, Tensor) else value))
+        if self._window is None or _processes() > 1 or (isinstance(value, Tensor) and value.device.type != "cpu"):
+            return  # of several processes no one may go back alone
+        if not isfinite(float(value)):
             self._roll_back(Judged(False, float("nan"), float(value), "the training loss is not finite"))
 
     @contextmanager
@@ -295,7 +373,7 @@ class Leaper:
     @property
     def account(self) -> Account:
         """The ledger in sum."""
-        return Account.of(self.entries, self.step, self.verification)
+        return Account.of(self.entries, self.step, self.verification, self._proposing)
 
     # ------------------------------------------------------------------ steps
 
@@ -308,8 +386,8 @@ class Leaper:
         self._highest = max(self._highest, self._trained.rate)
         if self.step % self.options.stride == 0:
             self._average.update()
-            if self._last_move is not None and self.options.adapt:
-                self._slopes.append(self._trained.slope(self._last_move))
+        if self._last_move is not None and self.step % max(1, self.options.every // _SLOPES) == 0:
+            self._slopes.append(self._trained.slope(self._last_move))
         if self.step % self.options.every == 0:
             self._point()
         self._ended = perf_counter()
@@ -332,7 +410,7 @@ class Leaper:
             self._roll_back(Judged(False, float("nan"), float("nan"), "weights are not finite"))
             return
         self._points.append((self.step, weights_D))
-        self._follow_slopes()
+        self._watch()
         window = self._window
         if window is not None and self.step - window.start >= self.options.window and self._affordable():
             self._verdict()
@@ -344,7 +422,19 @@ class Leaper:
         frozen = self._trained.rate < options.freeze * self._highest
         late = options.until is not None and self.step > options.until
         due = (self.step // options.every) % options.period == 0
-        return bool(self._arms) and due and not (self._off or frozen or late or self.step < options.start)
+        if not self._arms or not due or self._off or frozen or late or self.step < options.start:
+            return False
+        return self._heard is None or self._heard_enough()
+
+    def _heard_enough(self) -> bool:
+        """Whether there are losses before a window to compare it with: as many as half a window has steps."""
+        assert self._heard is not None
+        if not self._heard and self.step - self._points[0][0] >= self.options.window:
+            raise UsageError(
+                "leap: there is no validation function, and no training loss was heard to verify leaps by.",
+                "Give a validation function, or say every step's loss: leaper.loss(loss).",
+            )
+        return len(self._heard) >= max(2, self.options.window // 2)
 
     # ------------------------------------------------------------------ leaps
 
@@ -366,8 +456,10 @@ class Leaper:
             window = self._open(index)
         ahead = options.ahead or options.every * options.period
         strength = arm.strength * self._scale
-        proposal = arm.predictor.propose(self._seen(), ahead, strength)
-        self.verification += proposal.cost
+        if self._proposing + self._proposal_cost(index) > options.compute * self.step:
+            return
+        proposal = self._propose(index, ahead, strength)
+        self._proposing += proposal.cost
         size = float(proposal.move_D.norm())
         if size == 0 and self._bandit is None:
             return  # there is no past yet to go on from
@@ -393,6 +485,34 @@ class Leaper:
                 self._settle(entry, "unverified", "no gate")
             else:
                 window.entries.append(len(self.entries) - 1)
+
+    def _proposal_cost(self, index: int) -> float:
+        """Of the next proposal of an arm, in training steps; 0 where nothing is known before the first."""
+        known = self._arms[index].predictor.operations(self._trained.layout, self._trained.tables)
+        if known is not None and self._step_flops is not None:
+            return known / self._step_flops
+        return self._proposal_costs.get(index, 0.0)
+
+    def _propose(self, index: int, ahead: int, strength: float) -> Proposal:
+        """A proposal, and its cost in training steps: by operations where a step's are known, else by the clock."""
+        predictor = self._arms[index].predictor
+        known = predictor.operations(self._trained.layout, self._trained.tables)
+        if known is not None and self._step_flops is not None:
+            proposal = predictor.propose(self._seen(), ahead, strength)
+            own = known / self._step_flops
+        elif self._step_flops is None:
+            began = perf_counter()
+            proposal = predictor.propose(self._seen(), ahead, strength)
+            own = (perf_counter() - began) / self._seconds if self._seconds else 0.0
+        elif index not in self._proposal_costs:
+            with FlopCounterMode(display=False) as counter:
+                proposal = predictor.propose(self._seen(), ahead, strength)
+            own = counter.get_total_flops() / self._step_flops
+        else:
+            proposal = predictor.propose(self._seen(), ahead, strength)
+            own = self._proposal_costs[index] - proposal.cost
+        self._proposal_costs[index] = own + proposal.cost
+        return replace(proposal, cost=own + proposal.cost)
 
     def _make(self, proposal: Proposal) -> None:
         """Leap: weights, the average and the past move together."""
@@ -420,6 +540,9 @@ class Leaper:
             after_N = self._measure()
             judged = immediate(self.options.gate, before_N, after_N, self._losses, self.options.tolerance)
             kept = judged.kept
+        except BaseException:
+            self._settle(entry, "rejected", "the verification failed")
+            raise
         finally:
             if not kept:
                 with torch.no_grad():
@@ -449,24 +572,14 @@ class Leaper:
         )
 
     def _verdict(self) -> None:
-        """What the window came to, by the running average on fresh batches; then it is kept, or gone back on."""
+        """What the window came to; then it is kept, or gone back on."""
         window = self._window
         assert window is not None
         try:
-            with self._average.instead():
-                after_N = self._measure()
-            now = self._average.state()
-            self._average.restore(window.average)
-            try:
-                with self._average.instead():
-                    before_N = self._measure()
-            finally:
-                self._average.restore(now)
+            judged = self._judge_heard(window) if self._heard is not None else self._judge_average(window)
         except BaseException:
             self.retreat("the verification failed")
             raise
-        self._draw += 1
-        judged = delayed(before_N, after_N, self.options.margin)
         if not judged.kept:
             self._pay(*self._entries_of(window))
             self._roll_back(judged)
@@ -485,6 +598,29 @@ class Leaper:
         self._paces.append(pace)
         self._lost = 0
 
+    def _judge_average(self, window: _Window) -> Judged:
+        """By the running average, on fresh batches."""
+        with self._average.instead():
+            after_N = self._measure()
+        now = self._average.state()
+        self._average.restore(window.average)
+        try:
+            with self._average.instead():
+                before_N = self._measure()
+        finally:
+            self._average.restore(now)
+        self._draw += 1
+        return delayed(before_N, after_N, self.options.margin)
+
+    def _judge_heard(self, window: _Window) -> Judged:
+        """By the training's own losses: those of the window's later half, and as many from before it."""
+        assert self._heard is not None
+        middle = window.start + (self.step - window.start) // 2
+        after = [value for step, value in self._heard if step > middle]
+        before = [value for step, value in self._heard if step <= window.start][-len(after) :]
+        losses = mean_over_processes([float(value) for value in (*before, *after)], self._trained.device)
+        return heard(losses[: len(before)], losses[len(before) :], self.options.margin)
+
     def _roll_back(self, judged: Judged) -> None:
         window, self._window = self._window, None
         assert window is not None
@@ -496,6 +632,9 @@ class Leaper:
         self._points.append((self.step, window.point_D))
         self._last_move = None
         self._slopes.clear()
+        if self._heard is not None:
+            while self._heard and self._heard[-1][0] > window.start:
+                self._heard.pop()
         self._lost += 1
         self._scale /= 2
         self._off = self._lost >= self.options.patience
@@ -518,8 +657,20 @@ class Leaper:
 
     def _measure(self) -> list[float]:
         assert self._validation is not None
-        with torch.random.fork_rng(devices=[self._trained.device] if self._trained.device.type == "cuda" else []):
-            return mean_over_processes(self._validation.losses(self._model, self._draw), self._trained.device)
+        device = self._trained.device
+        losses: list[float] = []
+        error: Exception | None = None
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            try:
+                losses = self._validation.losses(self._model, self._draw)
+            except Exception as caught:
+                if _processes() == 1:
+                    raise
+                error = caught
+        if _processes() > 1 and max(mean_over_processes([float(error is not None)], device)) > 0:
+            raise error or FarcliError("leap: the verification failed in another process.")
+        *losses, self._unit = mean_over_processes([*losses, self._validation.cost], device)
+        return losses
 
     def _pay(self, *entries: Entry) -> None:
         """Charge one verification, shared by the entries it judged."""
@@ -529,10 +680,8 @@ class Leaper:
             entry.cost += cost / len(entries)
 
     def _pair_cost(self) -> float:
-        """Of verifying once, in training steps: two measurements."""
-        if self._validation is None:
-            return 0.0
-        return 2 * self._validation.cost
+        """Of verifying once, in training steps: two measurements, as the last one was; the same in all processes."""
+        return 2 * self._unit
 
     def _affordable(self) -> bool:
         return self.verification + self._pair_cost() <= self.options.budget * self.step
@@ -595,21 +744,25 @@ class Leaper:
             for tensor, grad in zip(self._trained.tensors, grads, strict=True):
                 tensor.grad = grad
 
-    # ------------------------------------------------------------- adaptation
+    # --------------------------------------------------------------- watching
 
-    def _follow_slopes(self) -> None:
-        """Leap further where the loss still falls along the last leap, less far where it rises: free of cost.
+    def _watch(self) -> None:
+        """See whether the loss rises along the leaps made: free, since training's own gradients say so.
 
-        The slopes are inner products of training's own gradients, after the leap, with the leap. With their mean in
-        standard errors t, the strength is multiplied by exp(−adapt·t/(1 + |t|)), within ¼ and 2.
+        The slopes are inner products of the last leap with the gradients of the batches after it. Where their mean,
+        in standard errors, is above `watch` on average over four leaps, leaps become half as long, and end below an
+        eighth.
 
-        Source: ours, after hypergradient descent (Baydin et al., arXiv 1703.04782).
+        Source: ours; the derivative is that of hypergradient descent (Baydin et al., arXiv 1703.04782).
         """
         slopes, self._slopes = [each for each in self._slopes if isfinite(each)], []
-        if not self.options.adapt or len(slopes) < 3:
+        if not self.options.watch or len(slopes) < 3:
             return
-        t = fmean(slopes) / max(stdev(slopes) / sqrt(len(slopes)), 1e-30)
-        self._scale = min(2.0, max(0.25, self._scale * exp(-self.options.adapt * t / (1 + abs(t)))))
+        self._rises.append(fmean(slopes) / max(stdev(slopes) / sqrt(len(slopes)), 1e-30))
+        if len(self._rises) == self._rises.maxlen and fmean(self._rises) > self.options.watch:
+            self._rises.clear()
+            self._scale /= 2
+            self._off = self._off or self._scale < 1 / 8
 
     @torch.no_grad()
     def _weaken_moments(self, share: float) -> None:
@@ -639,12 +792,16 @@ class Leaper:
             "paces": list(self._paces),
             "highest": self._highest,
             "slopes": list(self._slopes),
+            "rises": list(self._rises),
+            "proposing": self._proposing,
             "last_move": None if self._last_move is None else self._last_move.clone(),
             "points": [(step, point_D.clone()) for step, point_D in self._points],
             "average": self._average.state(),
             "predictors": self._remembered(),
             "bandit": None if self._bandit is None else self._bandit.state(),
             "entries": [entry.row() for entry in self.entries],
+            "unit": self._unit,
+            "heard": [(step, float(value)) for step, value in self._heard or ()],
             "window": None
             if window is None
             else {
@@ -654,7 +811,7 @@ class Leaper:
                 "average": window.average,
                 "predictors": window.predictors,
                 "point": window.point_D,
-                "entries": window.entries,
+                "entries": list(window.entries),
                 "arm": window.arm,
             },
         }
@@ -674,11 +831,18 @@ class Leaper:
         self.step, self.verification, self._draw = state["step"], state["verification"], state["draw"]
         self._scale, self._lost, self._off = state["scale"], state["lost"], state["off"]
         self._losses, self._paces, self._slopes = list(state["losses"]), list(state["paces"]), list(state["slopes"])
+        self._proposing = state["proposing"]
+        self._rises.clear()
+        self._rises.extend(state["rises"])
         self._highest, self._measured_at = state["highest"], state["measured_at"]
         self._last_move = state["last_move"]
         self._points.clear()
         self._points.extend((step, point_D.clone()) for step, point_D in state["points"])
         self._average.restore(state["average"])
+        self._unit = state["unit"]
+        if self._heard is not None:
+            self._heard.clear()
+            self._heard.extend(state["heard"])
         for arm, remembered in zip(self._arms, state["predictors"], strict=True):
             arm.predictor.restore(remembered)
         if self._bandit is not None:

@@ -61,7 +61,8 @@ class Account:
         accepted: those that were kept after verification.
         unverified: those that were kept without.
         rejected: those refused at once, or rolled back.
-        verification: steps' worth of verifying and proposing.
+        verification: steps' worth of verifying.
+        proposing: steps' worth of making proposals.
         lost: steps thrown away by roll-backs; they are among `steps`.
         equivalent: steps that accepted leaps were worth, by the estimate of the rows that have one.
     """
@@ -72,11 +73,12 @@ class Account:
     unverified: int
     rejected: int
     verification: float
+    proposing: float
     lost: int
     equivalent: float
 
     @classmethod
-    def of(cls, entries: list[Entry], steps: int, verification: float) -> "Account":
+    def of(cls, entries: list[Entry], steps: int, verification: float, proposing: float) -> "Account":
         """Add up."""
         kept = [entry for entry in entries if entry.verdict == "accepted"]
         return cls(
@@ -86,6 +88,7 @@ class Account:
             unverified=sum(entry.verdict == "unverified" for entry in entries),
             rejected=sum(entry.verdict in ("rejected", "rolled back") for entry in entries),
             verification=verification,
+            proposing=proposing,
             lost=sum(entry.lost_steps for entry in entries),
             equivalent=sum(entry.equivalent_steps or 0.0 for entry in kept),
         )
@@ -93,4 +96,4 @@ class Account:
     @property
     def cost(self) -> float:
         """Of the whole training, in steps: those taken and what proposing and verifying cost."""
-        return self.steps + self.verification
+        return self.steps + self.verification + self.proposing

@@ -247,7 +247,14 @@ class Saved:
 
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Put everything back, bit for bit; tensors stay the same objects."""
+        """Put everything back, bit for bit; tensors stay the same objects.
+
+        Raises:
+            UsageError: the model has other shapes by now; nothing was put back.
+        """
+        present = [tensor.shape for tensor in (*model.parameters(), *model.buffers())]
+        if present != [value.shape for value in self.values]:
+            raise UsageError("leap: the model has changed its shape in training, and cannot go back.")
         for tensor, value in zip((*model.parameters(), *model.buffers()), self.values, strict=True):
             tensor.copy_(value)
         for optimizer, states in zip(optimizers, self.states, strict=True):

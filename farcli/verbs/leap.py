@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from farcli.errors import StoppedError, UsageError
 from farcli.metrics import LossCurve
 from farcli.provenance import provenance
-from farcli.speculation.leaper import Arm, Leaper, Leaping, Validation, build_predictor
+from farcli.speculation.leaper import Arm, Leaper, Leaping, Validation, arms_of
 from farcli.store.disk import Sync
 from farcli.training import TrainingRun, describe_workload, run_seed, threads, workload_from
 from farcli.verbs.leap_ledger import Curve, Journal
@@ -103,7 +104,7 @@ def leap(
 
     Returns:
         A row for each run: path, workload, run, seed, steps, predictor, gate, proposals, accepted, rejected,
-        unverified, verification (cost, in steps), lost (steps, by roll-backs), cost (steps and verification), loss,
+        unverified, verification and proposing (cost, in steps), lost (steps, by roll-backs), cost (all of it), loss,
         average_loss (held-out, at the end), chance; with a control also control_loss, control_average_loss,
         equivalent_steps (of the control's average to the leaping run's average loss, `bound` where the control never
         got there), net_steps (equivalent steps − cost) and speedup (their ratio).
@@ -205,41 +206,6 @@ def _rows(
     ]
 
 
-def arms_of(names: Sequence[str], strengths: Sequence[float], settings: Mapping[str, str]) -> list[Arm]:
-    """One arm for each predictor and strength; where there are several, "no leap" first.
-
-    Raises:
-        UsageError: a name is unknown, or an option belongs to no predictor.
-    """
-    if not names or not strengths:
-        raise UsageError("leap: no predictor was given.")
-    if len(names) == 1:
-        made = [(names[0], build_predictor(names[0], settings), strength) for strength in strengths]
-    else:
-        made = []
-        unused = set(settings)
-        for name in names:
-            known = _options_known(name, settings)
-            unused -= known.keys()
-            made += [(name, build_predictor(name, known), strength) for strength in strengths]
-        if unused:
-            raise UsageError(f"--option {min(unused)}: none of the predictors {', '.join(names)} has it.")
-    arms = [Arm(*each) for each in made]
-    return arms if len(arms) == 1 else [Arm("none", build_predictor("lookahead", {}), 0.0), *arms]
-
-
-def _options_known(name: str, settings: Mapping[str, str]) -> dict[str, str]:
-    """Those of the options that a predictor has."""
-    known = {}
-    for key, value in settings.items():
-        try:
-            build_predictor(name, {key: value})
-        except UsageError:
-            continue
-        known[key] = value
-    return known
-
-
 def _train(
     task: Workload,
     seed: int,
@@ -270,6 +236,7 @@ def _train(
         training.optimizer,
         arms,
         options=leaping,
+        step_flops=step_operations(task, seed),
         validate=None if leaping.gate == "none" else WorkloadValidation(task, seed, batches),
         fresh=lambda: task.loss(training.model, next(fresh)).sum(),
         told=lambda entry: told({"run": run, **entry.row()}),
@@ -296,6 +263,7 @@ def _train(
         "rejected": account.rejected,
         "unverified": account.unverified,
         "verification": account.verification,
+        "proposing": account.proposing,
         "lost": account.lost,
         "cost": account.cost,
         "loss": curve[-1][1],
@@ -311,7 +279,7 @@ def _train(
             "net_steps": equivalent - account.cost,
             "speedup": equivalent / account.cost,
         }
-    journal.end(run, row, leaper.entries, curve)
+    journal.end(run, row, leaper.entries, curve, beside)
     return row
 
 
@@ -344,6 +312,14 @@ def _control(
     return curve
 
 
+def step_operations(task: Workload, seed: int) -> float:
+    """Floating-point operations of a training step: of the matrix products, forwards and backwards."""
+    model = task.model([seed])
+    with threads(task.threads), torch.random.fork_rng(devices=[]), FlopCounterMode(display=False) as counter:
+        task.loss(model, next(task.batches([seed]))).sum().backward()
+    return float(counter.get_total_flops())
+
+
 def _average_curve(curve: Curve) -> LossCurve:
     return LossCurve.of([step for step, *_ in curve], [average for *_, average in curve])
 
@@ -366,5 +342,5 @@ def _news(step: int, curve: Curve, leaper: Leaper, control: Curve) -> str:
         text += f", held-out loss {curve[-1][2]:.4g} at {curve[-1][0]}"
     if control and len(curve) > 1:
         equivalent, _ = _average_curve(control).steps_to(curve[-1][2])
-        text += f", {equivalent - curve[-1][0] - account.verification:+.0f} steps net"
+        text += f", {equivalent - curve[-1][0] - account.verification - account.proposing:+.0f} steps net"
     return text

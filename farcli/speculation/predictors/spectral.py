@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farcli.layout import Layout, Slot
 from farcli.speculation.base import Observed, Predictor, Proposal
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -66,7 +67,7 @@ class Spectral(Predictor):
         ahead_D = self._momentum_D.mul(mu).add_(done_D)
         move_D = torch.zeros_like(done_D)
         for slot in seen.layout.floats:
-            if len(slot.shape) < 2 or min(slot.shape[0], slot.size // slot.shape[0]) < 2 or slot.name in seen.tables:
+            if not _is_map(slot, seen.tables):
                 continue
             rows = slice(slot.offset, slot.stop)
             done, wanted = done_D[rows], ahead_D[rows].view(slot.shape[0], -1)
@@ -77,6 +78,15 @@ class Spectral(Predictor):
                 move_D[rows] = (even - done) * (kappa * strength)
         return Proposal(move_D=move_D)
 
+    def operations(self, layout: Layout, tables: frozenset[str]) -> float:
+        """Of each round on an n × m matrix, n ≤ m: two products of 2n²m and one of 2n³."""
+        total = 0.0
+        for slot in layout.floats:
+            if _is_map(slot, tables):
+                n, m = sorted((slot.shape[0], slot.size // slot.shape[0]))
+                total += _ROUNDS * (4 * n * n * m + 2 * n**3)
+        return total
+
     def state(self) -> Mapping[str, Tensor]:
         """The momentum b."""
         return {} if self._momentum_D is None else {"momentum": self._momentum_D}
@@ -84,6 +94,11 @@ class Spectral(Predictor):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take b back."""
         self._momentum_D = state["momentum"].clone() if "momentum" in state else None
+
+
+def _is_map(slot: Slot, tables: frozenset[str]) -> bool:
+    """Whether a tensor is a matrix between two spaces; convolutions are, from all but their first axis."""
+    return len(slot.shape) > 1 and 1 < slot.shape[0] < slot.size and slot.name not in tables
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
