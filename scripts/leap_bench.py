@@ -270,26 +270,42 @@ def settings_of(method: str) -> list[str]:
     return list(METHODS[method].settings or {"": {}})
 
 
-def sweep(cells: Cells, task: str, method: str, setting: str, tuning: Sequence[int]) -> tuple[float, float]:
+Sweep = tuple[str, str, str]
+"""Task, method, setting."""
+
+
+def sweeps(cells: Cells, tasks: Sequence[str], tuning: Sequence[int]) -> dict[Sweep, tuple[float, float]]:
     """The best rate and its mean loss over tuning seeds: by factors of two, until the best is not at an edge."""
-    rates = [TASKS[task].rate * factor for factor in (0.5, 1.0, 2.0)]
-    while True:
-        losses = []
-        for rate in rates:
-            rows = cells.get([(task, method, setting, rate, 1.0, seed) for seed in tuning])
-            losses.append(sum(reported(row) for row in rows) / len(rows))
-        best = losses.index(min(losses))
-        if 0 < best < len(rates) - 1 or len(rates) >= 6:
-            return rates[best], losses[best]
-        rates = [rates[0] / 2, *rates] if best == 0 else [*rates, rates[-1] * 2]
+    rates = {
+        (task, method, setting): [TASKS[task].rate * factor for factor in (0.5, 1.0, 2.0)]
+        for task in tasks
+        for method, how in METHODS.items()
+        for setting in settings_of(method)
+        if how.like is None
+    }
+    best: dict[Sweep, tuple[float, float]] = {}
+    while len(best) < len(rates):
+        left = {what: tried for what, tried in rates.items() if what not in best}
+        keys = [(*what, rate, 1.0, seed) for what, tried in left.items() for rate in tried for seed in tuning]
+        losses = {_key(row): reported(row) for row in cells.get(keys)}
+        for what, tried in left.items():
+            means = [sum(losses[*what, rate, 1.0, seed] for seed in tuning) / len(tuning) for rate in tried]
+            at = means.index(min(means))
+            if 0 < at < len(tried) - 1 or len(tried) >= 6:
+                best[what] = tried[at], means[at]
+            else:
+                rates[what] = [tried[0] / 2, *tried] if at == 0 else [*tried, tried[-1] * 2]
+    for task in tasks:
+        for method, how in METHODS.items():
+            if how.like is not None:
+                best[task, method, settings_of(method)[0]] = best[task, *how.like][0], float("nan")
+    return best
 
 
 # ---------------------------------------------------------------------- results
 
 
-def chosen_settings(
-    best: Mapping[tuple[str, str, str], tuple[float, float]], tasks: Sequence[str]
-) -> dict[tuple[str, str], str]:
+def chosen_settings(best: Mapping[Sweep, tuple[float, float]], tasks: Sequence[str]) -> dict[tuple[str, str], str]:
     """For each task and method, the setting to report: a control's best on the task, a method's best on the others."""
     reference = {
         task: min(loss for (t, method, _), (_, loss) in best.items() if t == task and METHODS[method].control)
@@ -327,11 +343,29 @@ def cost_to(costs: Sequence[float], losses: Sequence[float], target: float) -> t
     return float(np.exp(np.clip(x[edge] + (target - y[edge]) / slope, x[0] - np.log(2), x[-1] + np.log(2)))), True
 
 
+def reporting(
+    task: str,
+    chosen: Mapping[tuple[str, str], str],
+    best: Mapping[Sweep, tuple[float, float]],
+    seeds: Sequence[int],
+) -> dict[str, list[Key]]:
+    """The cells of each method that are reported, by seed and budget."""
+    return {
+        method: [
+            (task, method, setting, best[task, method, setting][0], budget, seed)
+            for seed in seeds
+            for budget in BUDGETS
+        ]
+        for method in METHODS
+        if (setting := chosen.get((task, method))) is not None
+    }
+
+
 def compared(
     cells: Cells,
     task: str,
     chosen: Mapping[tuple[str, str], str],
-    best: Mapping[tuple[str, str, str], tuple[float, float]],
+    best: Mapping[Sweep, tuple[float, float]],
     seeds: Sequence[int],
 ) -> list[dict[str, Any]]:
     """A row for each method: final losses, cost, and the speed-up against the task's best control."""
@@ -339,12 +373,7 @@ def compared(
 
     tables: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
     """Losses, costs and seconds by seed and budget."""
-    for method in METHODS:
-        if (task, method) not in chosen:
-            continue
-        setting = chosen[task, method]
-        rate = best[task, method, setting][0]
-        keys = [(task, method, setting, rate, budget, seed) for seed in seeds for budget in BUDGETS]
+    for method, keys in reporting(task, chosen, best, seeds).items():
         rows = cells.get(keys)
         shape = (len(seeds), len(BUDGETS))
         tables[method] = (
@@ -442,26 +471,17 @@ def main() -> None:
         for method in [name for name, how in METHODS.items() if not how.control and not name.startswith(wanted)]:
             del METHODS[method]
     cells = Cells(CELLS, words.jobs)
-    best = {
-        (task, method, setting): sweep(cells, task, method, setting, TUNING[: words.tuning])
-        for task in tasks
-        for method in METHODS
-        for setting in settings_of(method)
-        if METHODS[method].like is None
-    }
-    for task in tasks:
-        for method, how in METHODS.items():
-            if how.like is not None:
-                rate, _ = best[task, *how.like]
-                best[task, method, settings_of(method)[0]] = rate, float("nan")
+    best = sweeps(cells, tasks, TUNING[: words.tuning])
     if words.sweep_only:
         return
     chosen = chosen_settings(best, tasks)
+    seeds = SEEDS[: words.seeds]
+    cells.get([key for task in tasks for keys in reporting(task, chosen, best, seeds).values() for key in keys])
     rows = []
     for task in tasks:
-        rows += compared(cells, task, chosen, best, SEEDS[: words.seeds])
+        rows += compared(cells, task, chosen, best, seeds)
         (RESULTS.parent / "leap-bench.ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        text = "\n".join(markdown(rows, SEEDS[: words.seeds]))
+        text = "\n".join(markdown(rows, seeds))
         (RESULTS.parent / "leap-bench.md").write_text(text)
     print((RESULTS.parent / "leap-bench.md").read_text())
 
