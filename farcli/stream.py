@@ -211,14 +211,15 @@ class Stream:
 
     def _plan_mapped(self, source: Source, size: int, extra: int) -> Plan | None:
         """Blocks of one chunk, of `size` bytes a run, beside `extra` for what the consumer holds of each."""
-        readers = min(store_threads.count(), _MOST_READERS)
         runs = max(1, min(len(source.runs), _LARGEST_BLOCK // size))
         chunks = max(1, _LARGEST_BLOCK // (runs * size))
-        taken = runs * (chunks * size * (1 + readers) + extra)
-        if runs * size < _LEAST_MAPPED or taken > self._memory:
-            return None
         width = min(chunks * source.trajectory.column_chunk, self.coordinates)
-        return Plan(runs=runs, width=width, bytes=taken, readers=readers, mapped=True)
+        # As many as may be, whatever the processors: what is not in memory yet is waited for by all of them at once.
+        for readers in range(_MOST_READERS, 0, -1):
+            taken = runs * (chunks * size * (1 + readers) + extra)
+            if runs * size >= _LEAST_MAPPED and taken <= self._memory:
+                return Plan(runs=runs, width=width, bytes=taken, readers=readers, mapped=True)
+        return None
 
     def _requests(self) -> Iterator[_Request]:
         before = 0

@@ -21,8 +21,9 @@ def export(
 
     Example: farcli export runs/digits.zarr --run 8 --step 600 -o model.safetensors
     """
-    from farcli.cli.output import emit_made
+    from farcli.cli.output import emit_made, say
     from farcli.verbs.export import export as write
 
-    row = write(store, output, step=step, run=run, replace=force, partial=partial)
+    warn = (lambda text: None) if quiet else say
+    row = write(store, output, step=step, run=run, replace=force, partial=partial, warn=warn)
     emit_made(row, form=format, quiet=quiet)

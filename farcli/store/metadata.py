@@ -25,6 +25,7 @@ from farcli.store.codecs import Decode, decoder
 
 SCHEMA = 1
 KEY = "farcli"
+KINDS = ("run", "forecast", "optimizer")
 DOCUMENT = "zarr.json"
 DIMENSIONS = ("run", "step", "parameter")
 INTEGER_DIMENSIONS = ("run", "step", "integer")
@@ -83,7 +84,7 @@ class Header:
     """What a store says about itself.
 
     Attributes:
-        kind: "run" or "forecast".
+        kind: one of `KINDS`.
         layout: where each tensor lies in the vector.
         runs: labels of axis 0.
         planned_steps: steps the finished store will have; None where this was not known.
@@ -224,8 +225,11 @@ def parse_header(values: Any, store: Path) -> Header:
         raise StoreError(
             f"{store}: has schema {schema}, but this farcli reads schema {SCHEMA}.", hint="Install a newer farcli."
         )
-    if schema != SCHEMA or not isinstance(values.get("kind"), str):
-        raise StoreError(f"{store}: has schema {schema!r} and kind {values.get('kind')!r}, expected schema {SCHEMA}.")
+    if schema != SCHEMA or values.get("kind") not in KINDS:
+        raise StoreError(
+            f"{store}: has schema {schema!r} and kind {values.get('kind')!r}, expected schema {SCHEMA} and a kind of "
+            f"{', '.join(KINDS)}."
+        )
     try:
         layout = Layout.from_json(values.get("layout"))
     except StoreError as error:

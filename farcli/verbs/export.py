@@ -1,6 +1,7 @@
 """Write one snapshot of a store as a safetensors file that `load_state_dict` takes strictly."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ def export(
     run: int | None = None,
     replace: bool = False,
     partial: bool = False,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Write the network of one run at one step.
 
@@ -35,6 +37,7 @@ def export(
         run: the run; the only one when None.
         replace: replace an existing file.
         partial: accept an unfinished store.
+        warn: called with a line the user should read.
 
     Returns:
         A row: path, run, step, tensors, bytes.
@@ -63,6 +66,10 @@ def export(
             f"({len(trajectory.steps)} snapshots, steps {trajectory.steps[0]}…{trajectory.steps[-1]})."
         )
     vector = torch.from_numpy(trajectory.read([run], [step])[0, 0])
+    if not torch.isfinite(vector).all():
+        at = int((~torch.isfinite(vector)).nonzero()[0])
+        name = trajectory.layout.floats[trajectory.layout.segments(at, at + 1)[0].slot].name
+        warn(f"{store}: run {run}, step {step} holds NaN or Inf (tensor {name!r}); written as they are.")
     integers = torch.from_numpy(trajectory.integers(run, step))
     state = weights.unflatten(vector, integers, trajectory.layout) | read_once(trajectory.path, trajectory.header)
     header = {

@@ -212,3 +212,23 @@ class TestPack:
         victim.write_bytes(data)
         for words in (("-o", "p.zarr"), ("--in-place",)):
             refused(farcli, folder, ("pack", "digits.zarr", *words), 3, victim.name)
+
+
+class TestExport:
+    def test_weights_that_are_not_finite_are_written_and_named(self, farcli, folder):
+        from safetensors.numpy import load_file
+
+        from farcli.layout import layout_of
+        from farcli.store import TrajectoryWriter
+
+        layout = layout_of([("a", (2,), "float32", "parameter"), ("b", (2,), "float32", "parameter")])
+        with TrajectoryWriter.create(folder / "wild.zarr", layout, [0]) as writer:
+            for step, value in ((0, 1.0), (5, np.inf)):
+                writer.append(step, np.array([0, 1, value, 2], np.float32), run=0)
+            writer.finish()
+        for step, said in ((0, ""), (5, "run 0, step 5 holds NaN or Inf (tensor 'b')")):
+            outcome = farcli("export", "wild.zarr", "--step", step, "-o", f"{step}.safetensors", cwd=folder)
+            assert outcome.code == 0, outcome.err
+            assert said in outcome.err
+            assert outcome.err.count("\n") == bool(said)
+        assert np.isinf(load_file(folder / "5.safetensors")["b"][0])

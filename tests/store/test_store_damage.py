@@ -210,6 +210,11 @@ HUGE = 10**15
 HEADER = ("attributes", "farcli")
 LIES: dict[str, tuple[list[tuple[str, Any, tuple[str, ...]]], str]] = {
     "newer schema": ([("zarr.json", 2, (*HEADER, "schema"))], "has schema 2, but this farcli reads schema 1"),
+    "unknown kind": (
+        [("zarr.json", "dream", (*HEADER, "kind"))],
+        "kind 'dream', expected schema 1 and a kind of run, ",
+    ),
+    "no kind": ([("zarr.json", None, (*HEADER, "kind"))], "kind None"),
     "odd schema": ([("zarr.json", "one", (*HEADER, "schema"))], "has schema 'one'"),
     "no header": ([("zarr.json", {}, ("attributes",))], "not one of farcli's"),
     "header is a list": ([("zarr.json", [], HEADER)], "not one of farcli's"),
