@@ -119,13 +119,16 @@ class Predictor(ABC):
         """
 
     def operations(self, layout: Layout, tables: frozenset[str]) -> float | None:
-        """Floating-point operations of a proposal's matrix products, known before the first; None has them counted.
+        """Floating-point operations of a proposal's matrix products, known before the first.
+
+        None has them counted, or timed. What goes through the vectors element by element counts as nothing, here as
+        in a training step.
 
         Args:
             layout: of the vectors.
             tables: names of embeddings.
         """
-        return None
+        return 0.0
 
     def rejected(self) -> None:  # noqa: B027 - most remember nothing
         """Its last proposal was not made: what it remembers of it is to be forgotten."""

@@ -1,6 +1,6 @@
 """Whether a leap may stay: the criteria of Leap+Verify, with nothing seen that was not there yet, and a later verdict.
 
-Shape suffixes: N batches of a draw, on which both losses were taken (paired).
+Shape suffixes: N batches of a draw, on which both losses were taken (paired); M training steps.
 """
 
 from collections.abc import Sequence
@@ -82,3 +82,31 @@ def delayed(before_N: Sequence[float], after_N: Sequence[float], margin: float) 
     error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
     kept = fmean(differences) <= margin * error
     return Judged(kept, before, after, f"average {before:.5g} → {after:.5g} over the window (±{error:.2g})")
+
+
+def heard(before_N: Sequence[float], after_M: Sequence[float], margin: float) -> Judged:
+    """Judge a window by the training's own losses, each on a batch before it was trained on.
+
+    Kept unless the later half of the window is worse than what came before it by more than `margin` standard errors
+    of the difference. This is weaker than held-out data: batches are not paired, so the error is that of two
+    independent means; losses of neighbouring steps are not quite independent; and a window may pass by what training
+    itself gained in it.
+
+    Args:
+        before_N: training losses of the steps before the window.
+        after_M: of the steps of its later half.
+        margin: in standard errors.
+
+    Source: prequential evaluation, Dawid (1984): test on each batch, then train on it.
+    """
+    if min(len(before_N), len(after_M)) < 2:
+        nan = float("nan")
+        return Judged(False, nan, nan, f"{len(before_N)} training losses before it and {len(after_M)} after: too few")
+    before, after = fmean(before_N), fmean(after_M)
+    if not isfinite(after):
+        return Judged(False, before, after, "the loss is not finite")
+    error = sqrt(sum(stdev(losses) ** 2 / len(losses) for losses in (before_N, after_M)))
+    kept = after - before <= margin * error
+    return Judged(
+        kept, before, after, f"training loss {before:.5g} → {after:.5g} over the window (±{error:.2g}, unpaired)"
+    )

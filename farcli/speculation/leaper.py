@@ -451,13 +451,13 @@ class Leaper:
         arm = self._arms[index]
         if len(self._points) < arm.predictor.context:
             return
+        if self._proposing + self._proposal_cost(index) > options.compute * self.step:
+            return
         window = self._window
         if options.gate == "delayed" and window is None:
             window = self._open(index)
         ahead = options.ahead or options.every * options.period
         strength = arm.strength * self._scale
-        if self._proposing + self._proposal_cost(index) > options.compute * self.step:
-            return
         proposal = self._propose(index, ahead, strength)
         self._proposing += proposal.cost
         size = float(proposal.move_D.norm())
@@ -489,17 +489,17 @@ class Leaper:
     def _proposal_cost(self, index: int) -> float:
         """Of the next proposal of an arm, in training steps; 0 where nothing is known before the first."""
         known = self._arms[index].predictor.operations(self._trained.layout, self._trained.tables)
-        if known is not None and self._step_flops is not None:
-            return known / self._step_flops
+        if known == 0 or (known is not None and self._step_flops is not None):
+            return known / (self._step_flops or 1.0)
         return self._proposal_costs.get(index, 0.0)
 
     def _propose(self, index: int, ahead: int, strength: float) -> Proposal:
         """A proposal, and its cost in training steps: by operations where a step's are known, else by the clock."""
         predictor = self._arms[index].predictor
         known = predictor.operations(self._trained.layout, self._trained.tables)
-        if known is not None and self._step_flops is not None:
+        if known == 0 or (known is not None and self._step_flops is not None):
             proposal = predictor.propose(self._seen(), ahead, strength)
-            own = known / self._step_flops
+            own = known / (self._step_flops or 1.0)
         elif self._step_flops is None:
             began = perf_counter()
             proposal = predictor.propose(self._seen(), ahead, strength)

@@ -7,6 +7,7 @@ import torch
 
 from farcli.errors import UsageError
 from farcli.forecasters.base import FittedForecaster, Forecaster, Prefix
+from farcli.layout import Layout
 from farcli.speculation.base import Observed, Predictor, Proposal
 
 _AVERAGERS = {"ema", "lawa"}
@@ -50,6 +51,10 @@ class Forecast(Predictor):
     def context(self) -> int:
         """As many points as asked for, or as the forecaster needs."""
         return max(self._config.points, self._forecaster.min_context)
+
+    def operations(self, layout: Layout, tables: frozenset[str]) -> float | None:
+        """Nothing, but for networks."""
+        return None if self._name == "nino-mlp" else 0.0
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """ŵ(t + K) − w_t."""
