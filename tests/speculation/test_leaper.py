@@ -1,6 +1,7 @@
 """The engine: budgets, verdicts, roll-backs, watching, and the ledger, on trainings small enough to know."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,7 +278,7 @@ def test_unverified_leaps_do_not_survive_an_error() -> None:
         steps(model, optimizer, 9)
         again, again_optimizer = training()
         again.load_state_dict(model.state_dict())
-        again_optimizer.load_state_dict(optimizer.state_dict())
+        again_optimizer.load_state_dict(deepcopy(optimizer.state_dict()))
         with pytest.raises(RuntimeError, match="no data"):
             steps(model, optimizer, 1)
     steps(again, again_optimizer, 1)
