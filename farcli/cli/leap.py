@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farcli.cli.leap_online import online, share
+from farcli.cli.leap_online import in_command, online, share
 from farcli.cli.options import Force, FormatOption, Partial, Quiet, Resume, Settings
 from farcli.cli.output import Column
 
@@ -82,8 +82,9 @@ def leap(
     force: Force = False,
     resume: Resume = False,
     time_limit: Annotated[
-        str | None, typer.Option("--time-limit", help="Stop by the clock and exit 75: 3h50m, 90s.")
+        str | None, typer.Option("--time-limit", help="Stop by the clock and exit 75: 3h50m; a command gets SIGTERM.")
     ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Of a script: an error of leaping ends it.")] = False,
     cascades: Annotated[
         str, typer.Option("--cascades", help="Leaps in a row, DEPTHxK; none for none.")
     ] = "4x25,2x50,10x10",
@@ -98,7 +99,7 @@ def leap(
         str | None, typer.Option("--runs", help="Runs to judge leaps on: 8:12; how many to train, of a workload.")
     ] = None,
     steps: Annotated[
-        str | None, typer.Option("--steps", help="Snapshots to leap from: 100:500, 50,100; how many, of a workload.")
+        str | None, typer.Option("--steps", help="Snapshots to leap from: 100:500, 50,100; how many a training takes.")
     ] = None,
     delta: Annotated[
         int | None, typer.Option("--delta", help="Steps between the snapshots looked at; as recorded if not said.")
@@ -141,14 +142,39 @@ def leap(
     from farcli.errors import UsageError
     from farcli.workloads.table import WORKLOADS
 
-    if target is None or target == _NO_WORKLOAD:
-        raise UsageError(
-            "leap: nothing to leap on: give a STORE, a WORKLOAD, or a command behind `--`."
-            if not command
-            else "leap: a command cannot be leapt with yet; farcli.Leaper does it within a script."
-        )
-    store = target
     fields = {"every": every, "gate": gate, "ahead": ahead, "budget": None if budget is None else share(budget)}
+    if target is not None and command:  # with nothing before `--`, the target is empty
+        words = command[1:] if command[0] == _NO_WORKLOAD else command
+        if target != _NO_WORKLOAD or not words:
+            raise UsageError(f"leap {target}: unexpected {' '.join(command)!r}.", "A command goes behind `--`.")
+        unfit = {"--control": control, "--set": settings, "--runs": runs, "--warm-start-from": warm_start}
+        if flag := next((flag for flag, value in unfit.items() if value), None):
+            raise UsageError(f"leap: {flag} does not go with a command.")
+        in_command(
+            words,
+            output,
+            predictors=_words(predictors or "spectral"),
+            strengths=_shares(strength or "1"),
+            fields=fields | {"window": window},
+            leap_settings=leap_settings or [],
+            options=options or [],
+            validate=validate,
+            snapshots=snapshots,
+            steps=_count(steps, "--steps"),
+            seed=seed,
+            time_limit=time_limit,
+            strict=strict,
+            force=force,
+            resume=resume,
+            form=format,
+            quiet=quiet,
+        )
+        return
+    if target is None or target == _NO_WORKLOAD:
+        raise UsageError("leap: nothing to leap on: give a STORE, a WORKLOAD, or a command behind `--`.")
+    if strict:
+        raise UsageError("leap: --strict goes with a command behind `--`.")
+    store = target
     if target in WORKLOADS or ":" in target:
         online(
             target,

@@ -1,4 +1,4 @@
-"""`farcli leap` while a workload trains."""
+"""`farcli leap` while a workload or a script trains."""
 
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,77 @@ def online(
         if not known or min(known) < value:
             found = f"{min(known):g}" if known else "not known"
             raise CheckFailedError(f"--require {key}={value:g}: it is {found} in the worst run.")
+
+
+def in_command(
+    words: list[str],
+    output: Path | None,
+    *,
+    predictors: list[str],
+    strengths: list[float],
+    fields: dict[str, Any],
+    leap_settings: list[str],
+    options: list[str],
+    validate: str | None,
+    snapshots: int | None,
+    steps: int | None,
+    seed: int | None,
+    time_limit: str | None,
+    strict: bool,
+    force: bool,
+    resume: bool,
+    form: Any,
+    quiet: bool,
+) -> None:
+    """Become a command that leaps while it trains, and is recorded.
+
+    Args:
+        words: the command.
+        output: store to write.
+        predictors: names.
+        strengths: of the arms.
+        fields: of `Leaping` that have a flag of their own; None where it was not given.
+        leap_settings: other fields, as typed.
+        options: of the predictors, as typed.
+        validate: "package.module:function", or None.
+        snapshots: steps between snapshots.
+        steps: that the command will take, where known.
+        seed: for the header and the output's name.
+        time_limit: as typed.
+        strict: an error of leaping or recording ends the training.
+        force: replace an existing store.
+        resume: go on with an unfinished one.
+        form: of the output.
+        quiet: only the path.
+    """
+    import time
+    from dataclasses import replace
+
+    from farcli.cli.output import emit_made
+    from farcli.config import configure, parse_assignments, parse_duration
+    from farcli.errors import UsageError
+    from farcli.integrations.script import leap_section
+    from farcli.recording.plan import Plan
+    from farcli.speculation.leaper import Leaping
+    from farcli.verbs.record_command import expand_output, record_command
+
+    if output is None:
+        raise UsageError("leap: -o is missing.", "farcli leap -o LEAP.zarr -- python train.py")
+    given = {key: str(value) for key, value in fields.items() if value is not None}
+    leaping = configure(Leaping, given | parse_assignments(leap_settings), "leap")
+    if steps is not None and leaping.until is None:
+        leaping = replace(leaping, until=steps - (leaping.window if leaping.gate == "delayed" else leaping.every))
+    plan = Plan(
+        output=expand_output(str(output), seed=seed),
+        every=snapshots,
+        resume=resume,
+        replace=force,
+        strict=strict,
+        seed=seed,
+        until=None if time_limit is None else time.time() + parse_duration(time_limit),
+        leap=leap_section(predictors, strengths, leaping, parse_assignments(options), validate),
+    )
+    emit_made(record_command(words, plan), form=form, quiet=quiet)
 
 
 def _worth(row: dict[str, Any]) -> str | None:

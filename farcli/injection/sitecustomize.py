@@ -1,7 +1,7 @@
 """What Python imports first in a recorded command: it waits for torch's optimisers, and imports nothing heavy.
 
-`farcli record … -- CMD` puts this folder in front of PYTHONPATH. A `sitecustomize` of the environment's own,
-which this one hides, runs as if this one were not there.
+`farcli record … -- CMD` and `farcli leap … -- CMD` put this folder in front of PYTHONPATH. A `sitecustomize` of the
+environment's own, which this one hides, runs as if this one were not there.
 """
 
 import os
@@ -60,7 +60,13 @@ def _attempt(call, *words):
 def _optimizers(module):
     from farcli.recording import injected
 
-    injected.install(module)
+    injected.install(module, _companion)
+
+
+def _companion(*words):
+    from farcli.integrations.script import Leap  # not before torch is all there
+
+    return Leap(*words)
 
 
 def _distributed(module):

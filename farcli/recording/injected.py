@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from farcli.recording.messages import say, stopped
 from farcli.recording.plan import VARIABLE, Plan
@@ -31,9 +31,31 @@ _ROOT_SPEAKS = "FARCLI_RECORD_ROOT_SPEAKS"
 _session: "Session | None" = None
 
 
-def install(module: Any) -> None:
-    """Hook into `torch.optim.optimizer`, which has just been imported."""
+class Companion(Protocol):
+    """What works beside a recording, on the training itself: leaping, which this package knows nothing of."""
+
+    def after(self, optimizer: Any) -> None:
+        """An outermost step has ended, its snapshot has not been taken yet."""
+        ...
+
+    def stop(self, error: Exception) -> None:
+        """Recording has failed: leave the training to itself."""
+        ...
+
+    def end(self, *, orderly: bool) -> None:
+        """The training is over, its last snapshot is taken; the store is still open."""
+        ...
+
+
+def install(module: Any, accompany: Callable[..., Companion]) -> None:
+    """Hook into `torch.optim.optimizer`, which has just been imported.
+
+    Args:
+        module: it.
+        accompany: makes a companion of (plan, recording, networks), where the plan asks for one.
+    """
     session = _the_session()
+    session.accompany = accompany
     from torch._compile import _disable_dynamo
 
     # Kept out of graphs: `torch.compile` may be put round `optimizer.step`. (The wrapper is cached in an attribute
@@ -83,13 +105,16 @@ class Session:
     Attributes:
         is_root: whether this process is the command itself.
         torch_is_here: whether torch's optimisers were imported.
+        accompany: makes a companion of a recording.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.is_root = False
         self.torch_is_here = False
+        self.accompany: Callable[..., Companion] | None = None
         self._recording: Recording | None = None
+        self._companion: Companion | None = None
         self._past: weakref.WeakSet[Any] = weakref.WeakSet()
         """Optimisers of trainings that are over."""
         self._off = False
@@ -127,6 +152,8 @@ class Session:
         try:
             recording = self._recording
             if not self._off and recording is not None and self._outermost.ends() and recording.knows(optimizer):
+                if self._companion is not None:
+                    self._companion.after(optimizer)  # a snapshot is of the weights that training goes on from
                 self._careful(recording.after, optimizer)
         finally:
             self._outermost.leave()
@@ -169,7 +196,7 @@ class Session:
         writes = rank == 0 or "{rank}" in self.plan.output
         sharded = any(names.is_sharded(place.tensor()) for place in places)
         writes = rank == 0 if sharded else writes
-        if not (writes or sharded):
+        if not (writes or sharded or self.plan.leap):
             self._off = True
             return None
         recording = Recording(
@@ -180,7 +207,7 @@ class Session:
             writes=writes,
             exclusive=False,
             door="command",
-            header=None,
+            header={"leap": self.plan.leap} if self.plan.leap else None,
             on_error=self._failed,
         )
         if writes:
@@ -190,6 +217,8 @@ class Session:
                 # A network that nobody holds any more is let go of at once, as without us.
                 weakref.finalize(names.unwrapped(root), self._gone, weakref.ref(recording)).atexit = False
         self._handle_signals()
+        if self.plan.leap and self.accompany is not None:
+            self._companion = self.accompany(self.plan, recording, roots)
         return recording
 
     # ----------------------------------------------------------------- errors
@@ -206,6 +235,9 @@ class Session:
             else:
                 self._failed(error)
                 self._off = True
+            if self._off and self._companion is not None:
+                companion, self._companion = self._companion, None
+                companion.stop(error)
         if self._fatal and self.plan.strict and sys.exc_info()[0] is None:
             self._off = True
             raise RuntimeError("farcli record --strict: recording failed")
@@ -231,6 +263,12 @@ class Session:
         recording = ref()
         if recording is not None and recording is self._recording and not self._off:
             self._careful(recording.settle)
+            self._part(orderly=True)
+
+    def _part(self, *, orderly: bool) -> None:
+        companion, self._companion = self._companion, None
+        if companion is not None:
+            companion.end(orderly=orderly)
 
     def _close(self, *, finish: bool) -> None:
         recording, self._recording = self._recording, None
@@ -240,6 +278,7 @@ class Session:
         try:
             recording.settle(alone=recording.sharded and not self._together())
         finally:
+            self._part(orderly=finish)
             recording.close(finish=finish)
 
     def _together(self) -> bool:
@@ -319,7 +358,7 @@ class Session:
     def _forked(self) -> None:
         """A forked child (a data loader's worker) has nothing to do with the parent's recording."""
         self._pid = os.getpid()
-        self._recording = None
+        self._recording = self._companion = None
         self._recorded = []
         self._outermost = None
         self._signal = None
@@ -347,9 +386,12 @@ class Session:
                 recording.settle(alone=True)
             except Exception as error:
                 self._failed(error)
+            self._part(orderly=False)
             try:
+                writes = recording.home is not None
                 recording.close(finish=False)
-                say(f"{recording.path}: stopped by signal {number}; saved up to step {recording.step}.")
+                if writes:
+                    say(f"{recording.path}: stopped by signal {number}; saved up to step {recording.step}.")
             except Exception as error:
                 self._failed(error)
         signal.signal(number, signal.SIG_DFL)

@@ -12,8 +12,8 @@ def say(text: str) -> None:
         print(f"farcli: {text}", file=sys.stderr, flush=True)
 
 
-def stopped(error: Exception) -> str:
-    """The line that says that recording has ended and training has not."""
+def stopped(error: Exception, what: str = "recording") -> str:
+    """The line that says that recording has ended and training has not; or another part of our work."""
     text = str(error) if isinstance(error, FarcliError) else f"{type(error).__name__}: {error}"
     kept = " What was recorded so far can be read with --partial." if isinstance(error, ResourceError) else ""
-    return f"recording stopped, the training goes on: {' '.join(text.split())}{kept}"
+    return f"{what} stopped, the training goes on: {' '.join(text.split())}{kept}"

@@ -18,7 +18,7 @@ _LARGEST_STEP = 10**9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What `farcli record … -- CMD` and `farcli.Recorder` were asked for.
+    """What `farcli record … -- CMD`, `farcli leap … -- CMD` and `farcli.Recorder` were asked for.
 
     Attributes:
         output: path of the store; `{rank}` and `{date}` of a command's are filled in by the process that writes.
@@ -42,6 +42,7 @@ class Plan:
         started: when the command began, in seconds since the epoch.
         root: process id of the command.
         command: its words, for the header.
+        leap: how to leap while it trains, for `farcli.integrations.script`; None for not at all.
     """
 
     output: str
@@ -65,6 +66,7 @@ class Plan:
     started: float = 0.0
     root: int = 0
     command: tuple[str, ...] = field(default=())
+    leap: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name in ("every", "log_spaced", "steps", "max_bytes"):

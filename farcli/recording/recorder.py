@@ -140,7 +140,7 @@ class Recording:
         base = step_base(optimizers) if plan.start_step is None else plan.start_step
         self._header["recording"]["start_step"] = self.step = base
         self._counts: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary(dict.fromkeys(optimizers, base))
-        self._several = len(_independent(optimizers)) > 1
+        self._several = len(independent(optimizers)) > 1
         self._pending: int | None = None
         self._sink: Background | None = None
         self._moments: Background | None = None
@@ -191,6 +191,11 @@ class Recording:
         return [optimizer for ref in self._optimizers if (optimizer := ref()) is not None]
 
     @property
+    def home(self) -> Path | None:
+        """The folder that holds the store while it is written; None where this process writes none."""
+        return self._sink.writer.home if self._writes and self._sink is not None else None
+
+    @property
     def sharded(self) -> bool:
         """Whether snapshots need all processes."""
         return self._picture.sharded
@@ -206,7 +211,7 @@ class Recording:
         """An optimiser has stepped."""
         if skipped(optimizer):
             return
-        if _captured():
+        if captured():
             # What is captured runs later, over and over, without us; a copy now would become a part of it.
             if not self._captured:
                 self._captured = True
@@ -318,7 +323,7 @@ class Recording:
 
     def _rates(self) -> list[float | None]:
         """Learning rate of each group; at the end of a function that trains, the optimiser may be gone already."""
-        alive = _independent(self.optimizers)
+        alive = independent(self.optimizers)
         if alive:
             self._groups = [group for optimizer in alive for group in optimizer.param_groups]
         return [_rate(group) for group in self._groups]
@@ -524,7 +529,7 @@ def _difference(stored: Layout, wanted: Layout) -> str:
     return f"D = {stored.size} there, {wanted.size} here"
 
 
-def _captured() -> bool:
+def captured() -> bool:
     """Whether what this thread asks of CUDA is not done but recorded into a graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
@@ -533,7 +538,7 @@ def _said(plan: Plan) -> dict[str, Any]:
     return {"command": list(plan.command)} if plan.command else {}
 
 
-def _independent(optimizers: Sequence[Any]) -> list[Any]:
+def independent(optimizers: Sequence[Any]) -> list[Any]:
     """Those that train tensors of their own; an optimiser that wraps another holds the same ones."""
     seen: set[int] = set()
     found = []

@@ -2,7 +2,7 @@
 
 A store in progress holds `leaping.pt` (what runs that have ended came to, and the leaper's state in the one that has
 not) and `training.pt` (that run's training). A finished one holds the group `ledger`: one array of each quantity of
-the proposals, and the held-out losses, that any Zarr reader opens.
+the proposals, and the held-out losses, the control's too, that any Zarr reader opens.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch
 
 from farcli.errors import NonFiniteError, StoppedError, StoreError, UnfinishedError, UsageError
 from farcli.files import check_outcome, staged_file
+from farcli.speculation.arrays import LEDGER, read_rows, write_ledger
 from farcli.speculation.leaper import Leaper
 from farcli.speculation.ledger import Entry
 from farcli.store import Trajectory, TrajectoryWriter, is_store
@@ -25,7 +26,6 @@ from farcli.training import TrainingRun
 
 AVERAGE = "average.zarr"
 """Store inside a store: the running average of the leaping runs, which is what to evaluate and keep."""
-LEDGER = "ledger"
 _STATE, _TRAINING = "leaping.pt", "training.pt"
 
 Curve = list[tuple[int, float, float]]
@@ -202,9 +202,10 @@ class Journal:
         self._save({"run": run, "leaper": leaper.state_dict(), "curve": curve, "control": control})
         raise StoppedError(f"{self.output}: {where}; it is saved.", "Run it again with --resume.")
 
-    def end(self, run: int, row: Mapping[str, Any], entries: Sequence[Entry], curve: Curve) -> None:
+    def end(self, run: int, row: Mapping[str, Any], entries: Sequence[Entry], curve: Curve, control: Curve) -> None:
         """A run is over."""
-        self._ended[run] = {"row": dict(row), "entries": [entry.row() for entry in entries], "curve": curve}
+        rows = [entry.row() for entry in entries]
+        self._ended[run] = {"row": dict(row), "entries": rows, "curve": curve, "control": control}
         if self.output is not None and not self._replace:
             self._save(None)
 
@@ -214,7 +215,13 @@ class Journal:
             return
         own, average = self._writers
         average.finish()
-        write_ledger(own.home / LEDGER, self._ended)
+        ended = sorted(self._ended.items())
+        parts = {
+            "proposal": [{"run": run, **entry} for run, each in ended for entry in each["entries"]],
+            "snapshot": [loss for run, each in ended for loss in _losses(run, each["curve"])],
+            "control": [loss for run, each in ended for loss in _losses(run, each["control"])],
+        }
+        write_ledger(own.home / LEDGER, [each["row"] for _, each in ended], parts)
         own.finish()
         assert self.output is not None
         for name in (_STATE, _TRAINING):
@@ -230,6 +237,10 @@ def _curve(rows: Sequence[Sequence[float]]) -> Curve:
     return [(int(step), float(own), float(average)) for step, own, average in rows]
 
 
+def _losses(run: int, curve: Curve) -> list[dict[str, Any]]:
+    return [{"run": run, "step": step, "loss": own, "average_loss": average} for step, own, average in curve]
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True)
@@ -238,46 +249,3 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path}: the saved leaps cannot be read ({type(error).__name__}).",
             "Remove this file: the runs are then trained again from their seeds.",
         ) from error
-
-
-def write_ledger(path: Path, ended: Mapping[int, Mapping[str, Any]]) -> None:
-    """Write proposals and held-out losses of all runs as arrays: numbers with NaN for what is not known, and texts."""
-    import zarr
-
-    group = zarr.open_group(path, mode="w")
-    group.attrs["rows"] = [
-        {
-            key: None if isinstance(value, float) and not np.isfinite(value) else value
-            for key, value in each["row"].items()
-        }
-        for _, each in sorted(ended.items())
-    ]
-    proposals = [{"run": run, **entry} for run, each in sorted(ended.items()) for entry in each["entries"]]
-    losses = [
-        {"run": run, "step": step, "loss": own, "average_loss": average}
-        for run, each in sorted(ended.items())
-        for step, own, average in each["curve"]
-    ]
-    for name, rows in (("proposal", proposals), ("snapshot", losses)):
-        part = group.create_group(name)
-        for key in rows[0] if rows else ():
-            values = [row[key] for row in rows]
-            if any(isinstance(value, str) for value in values):
-                part.attrs[key] = values
-                continue
-            array = np.array([np.nan if value is None else value for value in values], dtype="float64")
-            part.create_array(key, data=array, chunks=(max(1, len(array)),), dimension_names=(name,))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a finished store's runs.
-
-    Raises:
-        StoreError: it holds no ledger.
-    """
-    import zarr
-
-    try:
-        return list(zarr.open_group(path / LEDGER, mode="r").attrs["rows"])  # pyright: ignore[reportArgumentType]
-    except (FileNotFoundError, KeyError) as error:
-        raise StoreError(f"{path}: holds no ledger of leaps, it is another kind of recording.") from error

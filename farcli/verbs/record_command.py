@@ -1,4 +1,4 @@
-"""Record an unmodified training script: set the stage, then become the command."""
+"""Record an unmodified training script, or leap with it: set the stage, then become the command."""
 
 import os
 import re
@@ -43,11 +43,13 @@ def record_command(command: Sequence[str], plan: Plan, *, dry_run: bool = False)
         StoreError: the store to resume is none.
     """
     output = Path(plan.output).absolute()
+    verb = "leap" if plan.leap else "record"
     row: dict[str, Any] = {"path": plan.output, "command": list(command), "snapshots": None, "finished": False}
     program = shutil.which(command[0])
     if program is None:
         raise UsageError(
-            f"{command[0]}: no such command.", "Give the command as you would run it: farcli record -o RUN.zarr -- CMD."
+            f"{command[0]}: no such command.",
+            f"Give the command as you would run it: farcli {verb} -o RUN.zarr -- CMD.",
         )
     if is_locked(output / "weights"):
         raise being_written(output, owner(output / "weights"))
@@ -66,7 +68,10 @@ def record_command(command: Sequence[str], plan: Plan, *, dry_run: bool = False)
     if isolated is not None:
         what = f"{' '.join(command[:2])}: {isolated} makes Python ignore PYTHONPATH, so nothing can be recorded"
         if plan.strict:
-            raise UsageError(f"{what}.", f"Leave {isolated} out, or use farcli.Recorder in the script.")
+            raise UsageError(
+                f"{what}.",
+                f"Leave {isolated} out, or use farcli.{'Leaper' if plan.leap else 'Recorder'} in the script.",
+            )
         say(f"{what}; the command runs as it is.")
     plan = replace(
         plan,
