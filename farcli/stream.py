@@ -24,6 +24,8 @@ _MOST_READERS = 4
 """Blocks read at once; each costs a block of memory."""
 _LEAST_MAPPED = 2 << 20
 """Bytes of a block below which mapping it costs more than copying."""
+_MAPPED_MORE = 4 << 20
+"""Bytes of a file that count as ours beside what is asked for: large pages, of 2 MiB, are mapped whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +202,7 @@ class Stream:
             return Plan(runs=runs, width=width, bytes=row_bytes(readers) * runs * width, readers=readers)
 
         if self._may_map and trajectory.mappable and self.coupling is Coupling.COORDINATEWISE:
-            mapped = self._plan_mapped(source, rows * chunk * item, self._extra_rows * chunk * item)
+            mapped = self._plan_mapped(source, rows, rows * chunk * item, self._extra_rows * chunk * item)
             if mapped is not None:
                 return mapped
         several = plan(min(store_threads.count(), _MOST_READERS))
@@ -209,14 +211,14 @@ class Stream:
             return plan(1)
         return several
 
-    def _plan_mapped(self, source: Source, size: int, extra: int) -> Plan | None:
-        """Blocks of one chunk, of `size` bytes a run, beside `extra` for what the consumer holds of each."""
+    def _plan_mapped(self, source: Source, files: int, size: int, extra: int) -> Plan | None:
+        """Blocks of one chunk: of `files` files and `size` bytes a run, and `extra` that the consumer holds of each."""
         runs = max(1, min(len(source.runs), _LARGEST_BLOCK // size))
         chunks = max(1, _LARGEST_BLOCK // (runs * size))
         width = min(chunks * source.trajectory.column_chunk, self.coordinates)
         # As many as may be, whatever the processors: what is not in memory yet is waited for by all of them at once.
         for readers in range(_MOST_READERS, 0, -1):
-            taken = runs * (chunks * size * (1 + readers) + extra)
+            taken = runs * (chunks * size * (1 + readers) + extra + files * _MAPPED_MORE)
             if runs * size >= _LEAST_MAPPED and taken <= self._memory:
                 return Plan(runs=runs, width=width, bytes=taken, readers=readers, mapped=True)
         return None

@@ -172,7 +172,7 @@ def test_mapped_blocks_are_the_copied_ones(large, coordinates):
 
 def test_what_is_not_mapped(large, tmp_path):
     trajectory, _ = large
-    assert not mapped_stream(trajectory, memory=6_000_000).plans[0].mapped
+    assert not mapped_stream(trajectory, memory=50_000_000).plans[0].mapped
     assert (
         not Stream([Source(trajectory=trajectory, runs=(3,))], coupling=Coupling.JOINT, steps_C=STEPS).plans[0].mapped
     )
