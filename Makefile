@@ -89,8 +89,8 @@ lfd-distilbert: $(VENV)/demo  ## LFD-2 on a recorded fine-tuning, STORE=runs/dis
 horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification, for four workloads
 	$(BIN)/python scripts/lfd_tables.py horizon $(FULL)
 
-# Text beside `make data`: WikiText-2, see the README. `FULL=--full` trains 124M parameters: for a GPU.
-leap-verify leap-moments: $(VENV)/dev data/.fetched  ## Leap+Verify again: what it accepts, what that is worth, why momentum failed
+# Needs WikiText-2 beside `make data`, see the README. `FULL=--full` trains 124M parameters, on a GPU where there is one.
+leap-verify leap-moments: $(VENV)/dev data/.fetched  ## Leap+Verify: what it accepts, what that is worth, why momentum failed
 	$(BIN)/python scripts/$(subst -,_,$@).py $(FULL)
 
 far-d2: $(VENV)/demo  ## Weigh far on linear regressions, 20 seeds and the noise-free test bed, into scripts/results

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from leap_verify import AHEAD, Rows, clean, parsed, recordings
+from leap_verify import AHEAD, Rows, clean, judged, parsed, recordings
 
 from farcli.recording.recorder import MOMENTS
 from farcli.store import Trajectory
-from farcli.verbs.leap_offline import leap_offline
 
 VARIANTS = {
     "momentum": "float32, corrected",
@@ -129,10 +128,9 @@ def main() -> None:
     stores, _ = recordings(size, arguments)
     rows: Rows = []
     for case, store in stores.items():
-        found = leap_offline(
-            str(store), predictors=list(VARIANTS), ahead=AHEAD, cascades=(), criteria=("strict",), runs=RUNS
-        )
-        kept: Rows = [row for row in found if row["kind"] == "summary" and row["regime"] == "all"]
+        asked = {"ahead": AHEAD, "cascades": (), "criteria": ("strict",), "runs": RUNS}
+        found = judged(store, ("summary",), predictors=list(VARIANTS), **asked)
+        kept: Rows = [row for row in found if row["regime"] == "all"]
         rows += [{"case": case.name, **row} for row in [*kept, *lost(store)]]
         print(f"{case.name}: judged", flush=True)
     cases = [case.name for case in stores]

@@ -77,6 +77,7 @@ def leap_offline(
     window: int | None = None,
     options: Mapping[str, str] | None = None,
     loss: str | None = None,
+    measure: Measure | None = None,
     partial: bool = False,
     warn: Warn = lambda text: None,
     report: Report = lambda done, total, text: None,
@@ -107,6 +108,7 @@ def leap_offline(
         options: `--set` options of the predictors.
         loss: "package.module:function" measuring a state_dict, for stores without a workload; then there are no
             activations, hence no regimes.
+        measure: how to measure the held-out loss, instead of as the store's workload or `loss` does.
         partial: accept an unfinished store.
         warn: called with a line the user should read.
         report: called with (done, total, text).
@@ -135,7 +137,8 @@ def leap_offline(
         if name not in CRITERIA:
             raise unknown("criterion", name, CRITERIA)
     _check_numbers(ahead, cascades, probes, context, window)
-    measure = measure_of_function(truth, loss) if loss is not None else measure_of_workload(truth, "stored")
+    if measure is None:
+        measure = measure_of_function(truth, loss) if loss is not None else measure_of_workload(truth, "stored")
     if measure is None:
         raise UsageError(
             f"{store}: names no workload, so nobody knows how good its weights are.",
