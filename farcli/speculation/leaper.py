@@ -299,7 +299,7 @@ class Leaper:
         self._validation = _Function(validate, lambda: self._seconds) if callable(validate) else validate
         self._fresh = fresh
         self._told = told
-        self.step = step
+        self.step = self._began = step
         self.entries: list[Entry] = []
         self.verification = 0.0
         keep = max(3, *(arm.predictor.context for arm in arms)) if arms else 3
@@ -429,7 +429,7 @@ class Leaper:
     def _heard_enough(self) -> bool:
         """Whether there are losses before a window to compare it with: as many as half a window has steps."""
         assert self._heard is not None
-        if not self._heard and self.step - self._points[0][0] >= self.options.window:
+        if not self._heard and self.step - self._began >= self.options.window:
             raise UsageError(
                 "leap: there is no validation function, and no training loss was heard to verify leaps by.",
                 "Give a validation function, or say every step's loss: leaper.loss(loss).",
@@ -504,6 +504,7 @@ class Leaper:
             began = perf_counter()
             proposal = predictor.propose(self._seen(), ahead, strength)
             own = (perf_counter() - began) / self._seconds if self._seconds else 0.0
+            own = mean_over_processes([own], self._trained.device)[0]  # all are to leap alike
         elif index not in self._proposal_costs:
             with FlopCounterMode(display=False) as counter:
                 proposal = predictor.propose(self._seen(), ahead, strength)
