@@ -41,7 +41,7 @@ class Task:
     options: Mapping[str, str]
     steps: int
     rate: float
-    warmup: float = 0.06
+    warmup: float = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,7 @@ TASKS = {
         {"layers": "2", "heads": "2", "width": "64", "context": "64", "batch": "16", "windows": "256"},
         steps=600,
         rate=3e-3,
+        warmup=0.2,  # with 0.06, the control's loss at its best rate was 2.28 instead of 2.15
     ),
     "cnn": Task("nas-cnn", {"optimizer": "adamw", "held_out": "2000", "batch": "64"}, steps=500, rate=1e-2),
     "large-batch": Task(
@@ -91,9 +92,7 @@ TASKS = {
         steps=150,
         rate=2e-3,
     ),
-    "distilbert": Task(
-        "distilbert", {"length": "24", "batch": "8", "sentences": "400"}, steps=100, rate=5e-5, warmup=0.08
-    ),
+    "distilbert": Task("distilbert", {"length": "24", "batch": "8", "sentences": "400"}, steps=100, rate=5e-5),
 }
 
 METHODS = {
@@ -113,16 +112,9 @@ METHODS = {
         gate="delayed",
     ),
     "outer momentum (SNOO)": Method(
-        {"schedule": "wsd"},
-        "outer",
-        {
-            "μ=.5 η=.7": {"every": 0.03, "momentum": "0.5", "rate": "0.7"},
-            "μ=.8 η=.4": {"every": 0.03, "momentum": "0.8", "rate": "0.4"},
-        },
+        {"schedule": "wsd"}, "outer", {"μ=.5 η=.7": {"every": 0.03, "momentum": "0.5", "rate": "0.7"}}
     ),
-    "linear, strict (Leap+Verify)": Method(
-        {"schedule": "wsd"}, "linear", {"K=Δ=.06T": {"every": 0.06}, "K=Δ=.02T": {"every": 0.02}}, gate="strict"
-    ),
+    "linear, strict (Leap+Verify)": Method({"schedule": "wsd"}, "linear", {"K=Δ=.02T": {"every": 0.02}}, gate="strict"),
     "NiNo-MLP": Method({"schedule": "wsd"}, "nino-mlp", {"5 states": {"every": 0.03, "period": 5, "ahead": 4.0}}),
     "Lookahead": Method({"schedule": "wsd"}, "lookahead", {"k=5": {"every": 5, "alpha": "0.5"}}),
     "every leap rejected": Method(
@@ -169,7 +161,7 @@ def train(task: str, method: str, setting: str, rate: float, budget: float, seed
         window=window,
         memory=memory,
         stride=max(1, memory // 10),
-        start=warmup + every,
+        start=2 * every,
         until=steps - window,
     )
     if how.predictor == "nino-mlp":
