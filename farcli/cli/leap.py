@@ -190,6 +190,7 @@ def leap(
             require=require or [],
             time_limit=time_limit,
             control=control,
+            warm_start=warm_start,
             runs=_count(runs, "--runs") or 1,
             steps=_count(steps, "--steps"),
             every=snapshots,

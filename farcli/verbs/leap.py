@@ -6,14 +6,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from farcli.errors import StoppedError, UsageError
+from farcli.errors import StoppedError, StoreError, UsageError
 from farcli.metrics import LossCurve
 from farcli.provenance import provenance
 from farcli.speculation.leaper import Arm, Leaper, Leaping, Validation, arms_of
+from farcli.store import Trajectory
 from farcli.store.disk import Sync
 from farcli.training import TrainingRun, describe_workload, run_seed, threads, workload_from
 from farcli.verbs.leap_ledger import Curve, Journal
@@ -64,6 +66,7 @@ def leap(
     settings: Mapping[str, str] | None = None,
     batches: int = 1,
     control: bool = False,
+    warm_start: str | None = None,
     runs: int = 1,
     steps: int | None = None,
     every: int | None = None,
@@ -88,6 +91,8 @@ def leap(
         leaping: how to leap.
         settings: options of the predictors, as text; of several, those that know them.
         batches: of verification data in a draw.
+        warm_start: a recording of a sibling run; training starts from its last weights. What that run took is in the
+            rows as `sibling_steps`, and is no part of `cost`: whoever trains one run alone has to add it.
         control: train the same runs without leaps beside them, and count equivalent steps by them.
         runs: how many; run r has the seed `run_seed(seed, r)`, as in `record`.
         steps: optimiser steps of each run; the workload's own number when None.
@@ -131,7 +136,9 @@ def leap(
         "settings": dict(settings or {}),
         "leaping": asdict(how),
         "batches": batches,
+        "warm_start": None if warm_start is None else sibling_of(warm_start),
     }
+    first = None if warm_start is None else last_weights(warm_start)
     if how.gate != "none":
         task.verification(run_seed(seed, 0), 0, batches)  # refuses where there is none, before anything is trained
     schedule = sorted({*range(0, steps + 1, every), steps})
@@ -169,6 +176,7 @@ def leap(
                     leaping=how,
                     batches=batches,
                     control=control,
+                    first=first,
                     journal=journal,
                     stopped=stopped,
                     report=reported,
@@ -216,6 +224,7 @@ def _train(
     leaping: Leaping,
     batches: int,
     control: bool,
+    first: Trajectory | None,
     journal: Journal,
     stopped: Callable[[], bool],
     report: Callable[[int, str], None],
@@ -230,6 +239,8 @@ def _train(
         beside = _control(task, seed, schedule, leaping, stopped, report)
     before = steps if control else 0
     training = TrainingRun(task, [seed])
+    if first is not None:
+        start_from(training, first)
     fresh = task.batches([seed], steps)  # beyond those that training takes
     leaper = Leaper(
         training.model,
@@ -269,6 +280,8 @@ def _train(
         "loss": curve[-1][1],
         "average_loss": curve[-1][2],
     }
+    if first is not None:
+        row["sibling_steps"] = first.steps[-1]
     if beside:
         equivalent, bound = _average_curve(beside).steps_to(curve[-1][2])
         row |= {
@@ -281,6 +294,51 @@ def _train(
         }
     journal.end(run, row, leaper.entries, curve, beside)
     return row
+
+
+def last_weights(path: str) -> Trajectory:
+    """The recording of one run to start from.
+
+    Raises:
+        UsageError: it holds several runs.
+    """
+    sibling = Trajectory.open(path)
+    if len(sibling.runs) != 1:
+        raise UsageError(
+            f"--warm-start-from {path}: holds {len(sibling.runs)} runs, expected one.",
+            "Record the sibling alone: farcli record WORKLOAD --runs 1.",
+        )
+    return sibling
+
+
+def sibling_of(path: str) -> dict[str, Any]:
+    """What a store says of the run it was started from."""
+    sibling = last_weights(path)
+    made = sibling.header.get("provenance")
+    return {
+        "path": path,
+        "id": made.get("id") if isinstance(made, Mapping) else None,
+        "workload": sibling.header.get("workload"),
+        "seeds": sibling.header.get("seeds"),
+        "step": sibling.steps[-1],
+    }
+
+
+def start_from(training: TrainingRun, sibling: Trajectory) -> None:
+    """Put the last weights and buffers of another run in place; optimiser, step and data order are the run's own.
+
+    Raises:
+        StoreError: it is another network, or its weights are not finite.
+    """
+    if sibling.layout != training.layout:
+        raise StoreError(
+            f"{sibling.path}: is of another network: D = {sibling.layout.size}, this one has {training.layout.size}."
+        )
+    run, step = sibling.runs[0], sibling.steps[-1]
+    vectors = sibling.read([run], [step])[:, 0]
+    if not np.isfinite(vectors).all():
+        raise StoreError(f"{sibling.path}: its weights at step {step} are not finite.")
+    training.load(vectors, sibling.integers(run, step)[None])
 
 
 def _control(
