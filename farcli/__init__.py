@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from farcli.recording.recorder import Recorder
+    from farcli.speculation.leaper import Leaper
     from farcli.store import Trajectory
     from farcli.verbs.evaluate import evaluate
     from farcli.verbs.export import export
@@ -19,9 +20,21 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Recorder", "Trajectory", "__version__", "evaluate", "export", "fit", "forecast", "inspect", "record"]
+__all__ = [
+    "Leaper",
+    "Recorder",
+    "Trajectory",
+    "__version__",
+    "evaluate",
+    "export",
+    "fit",
+    "forecast",
+    "inspect",
+    "record",
+]
 
 _LAZY = {
+    "Leaper": "farcli.speculation.leaper",
     "Recorder": "farcli.recording.recorder",
     "Trajectory": "farcli.store",
     "evaluate": "farcli.verbs.evaluate",

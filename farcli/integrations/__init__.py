@@ -1,1 +1,1 @@
-"""The recorder inside other people's training loops."""
+"""The recorder and leaping inside other people's training loops."""

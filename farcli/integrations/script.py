@@ -4,7 +4,6 @@ Made by the injected recorder at the training's first step. What goes wrong here
 verified weights and a line on stderr, unless `--strict` asked for more.
 """
 
-import functools
 import json
 import math
 import signal
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from farcli.recording.plan import Plan
 from farcli.recording.recorder import Recording, captured, independent, process_count, process_rank
 from farcli.registry import resolve
 from farcli.speculation.arrays import LEDGER, write_ledger
+from farcli.speculation.hearing import Losses
 from farcli.speculation.leaper import Leaper, Leaping, arms_of
 from farcli.speculation.ledger import Account, Entry
 from farcli.speculation.trained import Saved
@@ -92,7 +92,7 @@ class Leap:
         self._turn = 0
         self._complete = len(independent(recording.optimizers)) == 1
         self._members = {id(optimizer) for optimizer in recording.optimizers} if self._complete else set()
-        self._losses = _Losses()
+        self._losses = Losses()
         self._recent: list[Tensor] = []
         self._over = False
         self._late = False
@@ -177,7 +177,7 @@ class Leap:
         # The network is held weakly, so that a script that lets go of it frees it as without us.
         reference = weakref.ref(root)
         self._leaper = Leaper(
-            weakref.proxy(root),
+            cast(nn.Module, weakref.proxy(root)),
             self._recording.optimizers,
             arms_of(section["predictors"], section["strengths"], section["settings"]),
             options=self._options,
@@ -275,74 +275,6 @@ def read_ledger(store: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class _Losses:
-    """Hears the loss of every `backward`: on a batch that has not been trained on yet.
-
-    Several between two steps (micro-batches, closures) are averaged. What a gradient scaler multiplies is heard as
-    it was before. Gradients given to `backward` by hand, as by checkpointing, belong to no loss.
-    """
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._count = 0
-        self._undo: list[Callable[[], None]] = []
-        self._open = True
-        self._wrap(torch.autograd, "backward", self._listening)
-        self._wrap(torch.amp.GradScaler, "scale", self._remembering)
-
-    def take(self) -> Tensor | None:
-        """The mean since the last call; None where nothing was heard."""
-        total, count = self._sum, self._count
-        self._sum, self._count = None, 0
-        return None if total is None else total / count
-
-    def close(self) -> None:
-        """Listen no more."""
-        self._open = False
-        while self._undo:
-            self._undo.pop()()
-        self.take()
-
-    def _wrap(self, owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        before = getattr(owner, name)
-        wrapped = functools.wraps(before)(wrapper(before))
-        setattr(owner, name, wrapped)
-
-        def undo() -> None:
-            if getattr(owner, name) is wrapped:  # else somebody has wrapped us: we stay, and are silent
-                setattr(owner, name, before)
-
-        self._undo.append(undo)
-
-    def _listening(self, backward: Callable[..., Any]) -> Callable[..., Any]:
-        def listening(tensors: Any, grad_tensors: Any = None, *args: Any, **options: Any) -> Any:
-            if self._open and grad_tensors is None:
-                self._add(tensors)
-            return backward(tensors, grad_tensors, *args, **options)
-
-        return listening
-
-    def _remembering(self, scale: Callable[..., Any]) -> Callable[..., Any]:
-        def remembering(scaler: Any, outputs: Any) -> Any:
-            scaled = scale(scaler, outputs)
-            if self._open and isinstance(scaled, Tensor) and isinstance(outputs, Tensor):
-                scaled._farcli_unscaled = outputs.detach()  # pyright: ignore[reportAttributeAccessIssue]
-            return scaled
-
-        return remembering
-
-    def _add(self, tensors: Any) -> None:
-        loss = tensors[0] if isinstance(tensors, tuple | list) and len(tensors) == 1 else tensors
-        if isinstance(loss, (tuple, list)) and len(loss) == 1:
-            loss = loss[0]
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            return
-        value = getattr(loss, "_farcli_unscaled", loss).detach().reshape(()).float()
-        # A copy: scripts average a loss over processes in place, to log it.
-        self._sum = value.clone() if self._sum is None else self._sum + value
-        self._count += 1
-
-
 @contextmanager
 def _signals_later() -> Iterator[None]:
     """Within it a signal waits: a script that saves itself in a handler must not meet half a verification."""
@@ -378,7 +310,7 @@ def _imported(name: str) -> Callable[[Any], float]:
     function = resolve("validation function", name, {})
     if not callable(function):
         raise UsageError(f"--validate {name}: is {type(function).__name__}, expected a function.")
-    return function
+    return cast(Callable[[Any], float], function)
 
 
 def _sum(account: Account) -> str:

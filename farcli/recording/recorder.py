@@ -648,7 +648,7 @@ class Recorder:
         )
         self._models = dict(model) if isinstance(model, Mapping) else {"": model}
         given = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
-        self._optimizers = [_inner_optimizer(each) for each in given]
+        self._optimizers = [inner_optimizer(each) for each in given]
         self._header = header
         self._outermost = Outermost()
         self._recording: Recording | None = None
@@ -770,7 +770,7 @@ def name_by_key(optimizers: Sequence[Any], models: Mapping[str, nn.Module]) -> l
     return places
 
 
-def _inner_optimizer(optimizer: Any) -> Any:
+def inner_optimizer(optimizer: Any) -> Any:
     """The torch optimiser inside wrappers (accelerate, Lightning) that are none themselves."""
     while not hasattr(optimizer, "_optimizer_step_pre_hooks"):
         inner = getattr(optimizer, "optimizer", None) or getattr(optimizer, "_optimizer", None)

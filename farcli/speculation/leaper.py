@@ -167,6 +167,21 @@ def _options_known(name: str, settings: Mapping[str, str]) -> dict[str, str]:
     return known
 
 
+def enough_to_verify(options: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+    """Keywords of `Leaper` with the last leap early enough for its verdict, where it is not said and can be known.
+
+    Args:
+        options: keywords.
+        steps: that the training takes; None or less than 1 where nobody knows.
+    """
+    known = options.get("options") or Leaping()
+    fields = {name: options[name] for name in ("gate", "window", "every", "until") if name in options}
+    leaping = replace(known, **fields)
+    if steps is None or steps < 1 or leaping.until is not None:
+        return dict(options)
+    return {**options, "until": steps - (leaping.window if leaping.gate == "delayed" else leaping.every)}
+
+
 class _Function(Validation):
     """A function of the user's: one loss, always of the same data, timed against the training's steps."""
 
@@ -343,13 +358,22 @@ class Leaper:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self.detach()
         if kind is None:
             self.finish()
         else:
             self.retreat("training ended with an error")
+
+    def detach(self) -> None:
+        """Leave the optimiser's hook: no step is counted any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trained weights are."""
+        return self._trained.device
 
     def loss(self, value: float | Tensor) -> None:
         """Say the training loss of the step just taken; one that is not finite takes back unverified leaps.
@@ -357,8 +381,9 @@ class Leaper:
         Args:
             value: a number; or a scalar tensor, which on a GPU is not waited for, nor looked at before a verdict.
         """
+        value = value.detach() if isinstance(value, Tensor) else value
         if self._heard is not None:
-            self._heard.append((self.step, value.detach() if isinstance(value, Tensor) else value))
+            self._heard.append((self.step, value))
         if self._window is None or _processes() > 1 or (isinstance(value, Tensor) and value.device.type != "cpu"):
             return  # of several processes no one may go back alone
         if not isfinite(float(value)):
