@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from leap_verify import AHEAD, Rows, clean, judged, parsed, recordings
+from leap_verify import AHEAD, Rows, clean, factor, judged, parsed, recordings
 
 from farcli.recording.recorder import MOMENTS
 from farcli.store import Trajectory
@@ -107,7 +107,7 @@ def table(rows: Rows, cases: list[str], full: bool) -> str:
         lines += [f"## {case}", "", "| moments | " + " | ".join(f"K = {ahead}" for ahead in AHEAD) + " |"]
         lines.append("|---|" + "---|" * len(AHEAD))
         for name, label in VARIANTS.items():
-            cells = [f"{summary[name, k]['inflation']:.3g} ({summary[name, k]['inflation_max']:.3g})" for k in AHEAD]
+            cells = [factor(summary[name, ahead]) for ahead in AHEAD]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines.append("")
         for precision in ("float16", "bfloat16"):

@@ -261,6 +261,12 @@ def cell(row: Mapping[str, Any] | None, key: str) -> str:
     return f"{100 * row[key]:.1f}" + (f" ± {100 * std:.1f}" if std is not None else "")
 
 
+def factor(row: Mapping[str, Any]) -> str:
+    """How much the loss grew: median (largest); a loss that is no number is ∞."""
+    median, most = ("∞" if row[key] is None else f"{row[key]:.3g}" for key in ("inflation", "inflation_max"))
+    return f"{median} ({most})"
+
+
 def acceptance(rows: Rows, case: str) -> list[str]:
     """Leap+Verify's table: regimes down, K across."""
     summary = {
@@ -300,7 +306,7 @@ def beside(rows: Rows, case: str) -> list[str]:
         if row["predictor"] == "persistence":
             continue
         parts = [cell(row, f"accepted_{name}") for name in CRITERIA[1:]]
-        parts.append(f"{row['inflation']:.3g} ({row['inflation_max']:.3g})")
+        parts.append(factor(row))
         parts.append(
             f"{row['equivalent_steps']:+.0f} [{row['equivalent_steps_low']:+.0f}, {row['equivalent_steps_high']:+.0f}]"
         )

@@ -133,6 +133,8 @@ def leap_offline(
     """
     truth = Trajectory.open(store, partial=partial)
     chosen_runs = parse_selection(runs, truth.runs, "runs") if runs else list(truth.runs)
+    if not criteria:
+        raise UsageError(f"--criteria: none given, expected one of {', '.join(CRITERIA)}.")
     for name in criteria:
         if name not in CRITERIA:
             raise unknown("criterion", name, CRITERIA)
@@ -369,7 +371,7 @@ class _Pass:
                             "past_outcomes": None if np.isnan(before) else before,
                             "loss_now": now,
                             "loss_forecast": loss,
-                            "inflation": loss / now,
+                            "inflation": loss / now if now else float("nan"),
                             **accepted,
                             **worth,
                             "worth_k": _at_least(worth, ahead),

@@ -118,6 +118,7 @@ def record(
     training = TrainingRun(task, seeds[: runs if task.lockstep else 1])
     layout = training.layout
     moments = _layout_of_moments(training, workload) if with_optimizer else None
+    del training  # its memory is wanted
     dtype = "float64" if any(slot.dtype == "float64" for slot in layout.floats) else "float32"
     row = {
         "path": str(output),

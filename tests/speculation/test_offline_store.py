@@ -225,6 +225,7 @@ def test_limits_are_held_against_the_summary(rows):
         ({"delta": 7}, "no snapshot has 4 others 7 steps apart"),
         ({"delta": 0}, "--delta 0"),
         ({"context": 99, "predictors": ["ema"]}, "no snapshot has 98 others"),
+        ({"criteria": []}, "--criteria: none given"),
         ({"criteria": ["strickt"]}, "Did you mean 'strict'"),
         ({"predictors": ["lineal"]}, "Did you mean 'linear'"),
         ({"predictors": ["linear", "linear"]}, "named twice"),
