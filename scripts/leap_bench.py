@@ -56,6 +56,8 @@ class Method:
         reports: which weights the final loss is taken at.
         control: whether leaps are measured against it.
         memory: of the running average, as a share of the steps.
+        muon: torch.optim.Muon for matrices that are no embeddings, AdamW for the rest: leaps that even out displacements
+            have to be held against an optimiser that does so with gradients.
         like: method and setting whose learning rate it takes, instead of a sweep of its own.
     """
 
@@ -67,6 +69,7 @@ class Method:
     control: bool = False
     memory: float = 0.05
     like: tuple[str, str] | None = None
+    muon: bool = False
 
 
 TASKS = {
@@ -115,6 +118,7 @@ METHODS = {
         {"schedule": "wsd"}, "outer", {"μ=.5 η=.7": {"every": 0.03, "momentum": "0.5", "rate": "0.7"}}
     ),
     "linear, strict (Leap+Verify)": Method({"schedule": "wsd"}, "linear", {"K=Δ=.02T": {"every": 0.02}}, gate="strict"),
+    "Muon (another optimiser)": Method({"schedule": "wsd"}, muon=True),
     "NiNo-MLP": Method({"schedule": "wsd"}, "nino-mlp", {"5 states": {"every": 0.03, "period": 5, "ahead": 4.0}}),
     "Lookahead": Method({"schedule": "wsd"}, "lookahead", {"k=5": {"every": 5, "alpha": "0.5"}}),
     "every leap rejected": Method(
@@ -169,6 +173,9 @@ def train(task: str, method: str, setting: str, rate: float, budget: float, seed
     workload = workload_from(what.workload, options, steps=steps)
     own = run_seed(seed, 0)
     training = TrainingRun(workload, [own])
+    if how.muon:
+        training.optimizer = muon(training.model, rate)
+        training._rates = [rate, rate]
     arms = [] if how.predictor is None else [Arm(how.predictor, build_predictor(how.predictor, chosen), 1.0)]
     leaper = Leaper(
         training.model,
@@ -209,6 +216,30 @@ def train(task: str, method: str, setting: str, rate: float, budget: float, seed
         "accepted": account.accepted + account.unverified,
         "lost": account.lost,
     }
+
+
+def muon(model: Any, rate: float) -> Any:
+    """Muon for matrices, AdamW for embeddings and what is no matrix, as one optimiser at one learning rate."""
+    import torch
+
+    tables = {id(each.weight) for each in model.modules() if isinstance(each, torch.nn.Embedding)}
+    matrices = [each for each in model.parameters() if each.ndim == 2 and id(each) not in tables]
+    others = [each for each in model.parameters() if each.ndim != 2 or id(each) in tables]
+
+    class Both(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([*matrices, *others], {"lr": rate})
+            self.parts = [
+                torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW(others, lr=rate, weight_decay=0.01),
+            ]
+            self.param_groups = [group for part in self.parts for group in part.param_groups]
+
+        def step(self, closure: Any = None) -> None:
+            for part in self.parts:
+                part.step()
+
+    return Both()
 
 
 def finite(value: float) -> float | None:

@@ -103,6 +103,7 @@ def online(
             form=form,
             title=f"{workload}, {rows[0]['steps']} steps with {rows[0]['predictor']}, gate {rows[0]['gate']}",
             notes=[
+                *_sibling(rows[0]),
                 "loss: held-out, of the weights and of their running average; chance is " + f"{chance:.4g}.",
                 "cost: in training steps, those lost and verification included · worth: steps of the control, which is "
                 "the same run without leaps, that bring its average to the same loss."
@@ -188,6 +189,14 @@ def in_command(
         leap=leap_section(predictors, strengths, leaping, parse_assignments(options), validate),
     )
     emit_made(record_command(words, plan), form=form, quiet=quiet)
+
+
+def _sibling(row: dict[str, Any]) -> list[str]:
+    if "sibling_steps" not in row:
+        return []
+    return [
+        f"A warm start: the sibling's {row['sibling_steps']} steps are no part of cost, and this is no acceleration."
+    ]
 
 
 def _worth(row: dict[str, Any]) -> str | None:
