@@ -56,8 +56,8 @@ class Method:
         reports: which weights the final loss is taken at.
         control: whether leaps are measured against it.
         memory: of the running average, as a share of the steps.
-        muon: torch.optim.Muon for matrices that are no embeddings, AdamW for the rest: leaps that even out displacements
-            have to be held against an optimiser that does so with gradients.
+        muon: torch.optim.Muon for matrices that are no embeddings, AdamW for the rest: leaps that even out
+            displacements have to be held against an optimiser that does so with gradients.
         like: method and setting whose learning rate it takes, instead of a sweep of its own.
     """
 
@@ -235,7 +235,7 @@ def muon(model: Any, rate: float) -> Any:
             ]
             self.param_groups = [group for part in self.parts for group in part.param_groups]
 
-        def step(self, closure: Any = None) -> None:
+        def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
             for part in self.parts:
                 part.step()
 

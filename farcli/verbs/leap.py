@@ -86,7 +86,8 @@ def leap(
         workload: a name in the table of workloads, or "package.module:Class".
         output: the store to write: the weights while they leap, `average.zarr` within it for their running average,
             and the ledger as arrays in the group `ledger`; None writes nothing.
-        predictors: names, or "none" alone; more than one, or more than one strength, are arms of a bandit beside "no leap".
+        predictors: names, or "none" alone; more than one, or more than one strength, are arms of a bandit beside
+            "no leap".
         strengths: what their moves are multiplied by.
         leaping: how to leap.
         settings: options of the predictors, as text; of several, those that know them.
