@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
 .PHONY: help install data demo gfm-table1 far-d2 gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
-.PHONY: lfd-distilbert horizon leap-verify leap-moments bench-store bench-record test test-slow format lint types imports check constraints clean
+.PHONY: lfd-distilbert horizon leap-bench leap-warm leap-verify leap-moments bench-store bench-record test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -90,6 +90,9 @@ horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification, fo
 	$(BIN)/python scripts/lfd_tables.py horizon $(FULL)
 
 # Needs WikiText-2 beside `make data`, see the README. `FULL=--full` trains 124M parameters, on a GPU where there is one.
+leap-bench leap-warm: $(VENV)/dev data/.fetched  ## Do leaps pay against tuned controls (three hours)? Warm starts (half an hour)
+	$(BIN)/python scripts/$(subst -,_,$@).py
+
 leap-verify leap-moments: $(VENV)/dev data/.fetched  ## Leap+Verify: what it accepts, what that is worth, why momentum failed
 	$(BIN)/python scripts/$(subst -,_,$@).py $(FULL)
 
