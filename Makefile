@@ -89,10 +89,11 @@ lfd-distilbert: $(VENV)/demo  ## LFD-2 on a recorded fine-tuning, STORE=runs/dis
 horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification, for four workloads
 	$(BIN)/python scripts/lfd_tables.py horizon $(FULL)
 
-# Needs WikiText-2 beside `make data`, see the README. `FULL=--full` trains 124M parameters, on a GPU where there is one.
+# Need CIFAR-10 and Fashion-MNIST beside `make data`, see the README. Finished cells of the benchmark are kept.
 leap-bench leap-warm: $(VENV)/dev data/.fetched  ## Do leaps pay against tuned controls (three hours)? Warm starts (half an hour)
 	$(BIN)/python scripts/$(subst -,_,$@).py
 
+# Needs WikiText-2 beside `make data`, see the README. `FULL=--full` trains 124M parameters, on a GPU where there is one.
 leap-verify leap-moments: $(VENV)/dev data/.fetched  ## Leap+Verify: what it accepts, what that is worth, why momentum failed
 	$(BIN)/python scripts/$(subst -,_,$@).py $(FULL)
 
