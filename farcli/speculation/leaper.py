@@ -72,7 +72,7 @@ class Leaping:
         default=0.02, metadata={"help": "share of the training's cost that proposing may take; leaps wait for it"}
     )
     tolerance: float = field(default=0.005, metadata={"help": "ε of proximity, as a share of the loss"})
-    margin: float = field(default=1.0, metadata={"help": "standard errors by which a window may lose before it is"})
+    margin: float = field(default=3.0, metadata={"help": "standard errors by which a window may lose before it is"})
     patience: int = field(default=2, metadata={"help": "windows lost in a row after which there are no more leaps"})
     memory: int = field(default=100, metadata={"help": "steps that the running average remembers"})
     stride: int = field(default=5, metadata={"help": "steps between updates of the running average"})
@@ -133,13 +133,15 @@ def build_predictor(name: str, options: Mapping[str, str]) -> Predictor:
 
 
 def arms_of(names: Sequence[str], strengths: Sequence[float], settings: Mapping[str, str]) -> list[Arm]:
-    """One arm for each predictor and strength; where there are several, "no leap" first.
+    """One arm for each predictor and strength; where there are several, "no leap" first; none for "none".
 
     Raises:
         UsageError: a name is unknown, or an option belongs to no predictor.
     """
     if not names or not strengths:
         raise UsageError("leap: no predictor was given.")
+    if list(names) == ["none"]:
+        return []
     if len(names) == 1:
         made = [(names[0], build_predictor(names[0], settings), strength) for strength in strengths]
     else:
