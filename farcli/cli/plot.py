@@ -1,5 +1,6 @@
 """`farcli plot`."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -26,8 +27,12 @@ def plot(
 ) -> None:
     """Draw held-out loss against horizon for every method, with the true future, to PNG, SVG or PDF.
 
-    Takes what `eval` takes, or one NDJSON file that `eval` printed.
+    Takes what `eval` takes, or one NDJSON file that `eval` printed; or a store of `leap`, and stores of its controls:
+    then loss against step, with every leap marked.
+
     Example: farcli plot forecast.zarr runs/digits.zarr -o forecast.png
+
+    Example: farcli plot leap.zarr control.zarr -o leap.png
     """
     from farcli.cli.evaluate import evaluated
     from farcli.cli.options import steps_text
@@ -36,6 +41,12 @@ def plot(
     from farcli.verbs.plot import plot as draw
 
     refuse_existing(output, force)
+    if (Path(inputs[0]) / "ledger" / "zarr.json").exists():
+        from farcli.verbs.plot_leap import plot_leap
+
+        row = plot_leap(Path(inputs[0]), [Path(each) for each in inputs[1:]], output, replace=force)
+        emit_made(row, form=format, quiet=quiet)
+        return
     if len(inputs) == 1 and inputs[0].endswith((".ndjson", ".jsonl", ".json")):
         rows = _read(inputs[0])
     else:

@@ -1,6 +1,7 @@
 """Draw held-out loss against horizon: every method beside the true future, the last observed weights and chance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,25 @@ def plot(rows: Sequence[Mapping[str, Any]], output: Path, *, quantity: str = "lo
     Raises:
         UsageError: matplotlib is missing, the format is unknown, or the rows do not hold the quantity.
     """
-    refuse_existing(output, replace)
-    if output.suffix.lower() not in FORMATS:
-        raise UsageError(f"{output}: expected a file ending in {', '.join(FORMATS)}.")
     if quantity not in _QUANTITIES:
         raise UsageError(f"--quantity {quantity!r}: expected one of {', '.join(_QUANTITIES)}.")
     whole = [row for row in rows if row.get("tensor") is None]
     if not any(row.get(quantity) is not None for row in whole):
         raise UsageError(f"nothing to draw: the rows hold no {_QUANTITIES[quantity]}.")
+    with saved_figure(output, replace) as axes:
+        _draw(axes, whole, quantity)
+
+
+@contextmanager
+def saved_figure(output: Path, replace: bool) -> Iterator[Any]:
+    """Axes to draw on; the figure is saved at the end, if nothing went wrong.
+
+    Raises:
+        UsageError: matplotlib is missing, the file exists, or its format is unknown.
+    """
+    refuse_existing(output, replace)
+    if output.suffix.lower() not in FORMATS:
+        raise UsageError(f"{output}: expected a file ending in {', '.join(FORMATS)}.")
     try:
         import matplotlib
     except ImportError as error:
@@ -52,7 +64,7 @@ def plot(rows: Sequence[Mapping[str, Any]], output: Path, *, quantity: str = "lo
     with pyplot.rc_context(_LOOK):
         figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
         try:
-            _draw(axes, whole, quantity)
+            yield axes
             with staged_file(output, replace) as temporary:
                 figure.savefig(temporary, dpi=160)
         finally:
@@ -114,7 +126,7 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
     if quantity != "accuracy" and positive:
         axes.set_yscale("log")
         axes.set_ylim(bounds[0] / 1.15, bounds[1] * 1.15)
-        _readable_log(axes)
+        readable_log(axes)
     else:
         axes.set_ylim(bounds)
     axes.set_xlabel("training step")
@@ -144,7 +156,8 @@ def _bounds(series: Mapping[tuple[str, str], list[tuple[float, float]]], quantit
     return low, min(max(high, low * 1.5), float(everything.max()) * 1.0 if everything.size else high)
 
 
-def _readable_log(axes: Any) -> None:
+def readable_log(axes: Any) -> None:
+    """Write the numbers of a logarithmic axis out, at 1, 2 and 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
