@@ -13,4 +13,5 @@ PREDICTORS = {
     "anderson": "farcli.speculation.predictors.anderson:Anderson",
     "merged-line": "farcli.speculation.predictors.merged_line:MergedLine",
     "loss-span": "farcli.speculation.predictors.loss_span:LossSpan",
+    "lfd2-online": "farcli.speculation.predictors.lfd2_online:Lfd2Online",
 }

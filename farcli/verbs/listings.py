@@ -7,6 +7,9 @@ from farcli.config import options_of
 from farcli.forecasters.base import FittedForecaster, Forecaster
 from farcli.forecasters.table import FORECASTERS
 from farcli.registry import resolve
+from farcli.speculation.base import Predictor
+from farcli.speculation.leaper import Leaping
+from farcli.speculation.table import PREDICTORS
 from farcli.workloads.base import Workload
 from farcli.workloads.table import WORKLOADS
 
@@ -25,6 +28,30 @@ def methods() -> list[dict[str, Any]]:
                 "options": [asdict(option) for option in options_of(cls.Config)],
             }
         )
+    return rows
+
+
+def predictors() -> list[dict[str, Any]]:
+    """One row a predictor of leaps while training: predictor, context, reference, options; the leaper's own last."""
+    rows = []
+    for name in PREDICTORS:
+        cls: type[Predictor] = resolve("predictor", name, PREDICTORS)
+        rows.append(
+            {
+                "predictor": name,
+                "context": cls(cls.Config()).context,
+                "reference": cls.reference,
+                "options": [asdict(option) for option in options_of(cls.Config)],
+            }
+        )
+    rows.append(
+        {
+            "predictor": "(any)",
+            "context": None,
+            "reference": "options of leaping itself, --leap key=value",
+            "options": [asdict(option) for option in options_of(Leaping)],
+        }
+    )
     return rows
 
 

@@ -214,3 +214,16 @@ def test_unknown_and_unfitted_predictors_are_refused() -> None:
         build_predictor("lfd2", {})
     with pytest.raises(UsageError, match="momentum = 1"):
         build_predictor("outer", {"momentum": "1"})
+
+
+def test_lfd2_online_continues_geometric_decay_exactly() -> None:
+    """w_i = v + a^i u, another a in each tensor: three points tell it, and K steps ahead follow."""
+    random = np.random.default_rng(5)
+    factors = np.concatenate(
+        [np.full(slot.size, factor) for slot, factor in zip(LAYOUT.floats, (0.5, 0.8, 0.9, 0.2), strict=True)]
+    )
+    limit, first = random.normal(size=LAYOUT.size), random.normal(size=LAYOUT.size)
+    points = [limit + factors**index * first for index in range(6)]
+    seen = replace(observed(points=4), weights_CD=[torch.from_numpy(point).float() for point in points[:4]])
+    move_D = build_predictor("lfd2-online", {}).propose(seen, ahead=20, strength=1.0).move_D
+    np.testing.assert_allclose(points[3] + move_D.double().numpy(), points[5], atol=1e-5)
