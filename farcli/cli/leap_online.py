@@ -162,7 +162,6 @@ def in_command(
         quiet: only the path.
     """
     import time
-    from dataclasses import replace
 
     from farcli.cli.output import emit_made
     from farcli.config import configure, parse_assignments, parse_duration
@@ -176,11 +175,10 @@ def in_command(
         raise UsageError("leap: -o is missing.", "farcli leap -o LEAP.zarr -- python train.py")
     given = {key: str(value) for key, value in fields.items() if value is not None}
     leaping = configure(Leaping, given | parse_assignments(leap_settings), "leap")
-    if steps is not None and leaping.until is None:
-        leaping = replace(leaping, until=steps - (leaping.window if leaping.gate == "delayed" else leaping.every))
     plan = Plan(
         output=expand_output(str(output), seed=seed),
         every=snapshots,
+        steps=steps,
         resume=resume,
         replace=force,
         strict=strict,

@@ -28,7 +28,7 @@ from farcli.recording.recorder import Recording, captured, independent, process_
 from farcli.registry import resolve
 from farcli.speculation.arrays import LEDGER, write_ledger
 from farcli.speculation.hearing import Losses
-from farcli.speculation.leaper import Leaper, Leaping, arms_of
+from farcli.speculation.leaper import Leaper, Leaping, arms_of, enough_to_verify
 from farcli.speculation.ledger import Account, Entry
 from farcli.speculation.trained import Saved
 
@@ -105,7 +105,7 @@ class Leap:
                 raise UsageError(f"it trains {len(roots)} networks side by side, expected one")
             assert plan.leap is not None
             section = plan.leap
-            self._options = Leaping(**section["leaping"])
+            self._options = Leaping(**enough_to_verify(section["leaping"], plan.steps))
             self._validate = _imported(section["validate"]) if section["validate"] else None
             self._drop_rows(recording.step)
             if self._complete:
@@ -127,7 +127,9 @@ class Leap:
                 raise UsageError(f"another optimizer ({type(optimizer).__name__}) trains the network from here on")
             with _signals_later():
                 self._leaper.after_step()
-            self._hear(self._leaper)
+                self._hear(self._leaper)
+                if self._plan.steps is not None and self._leaper.step >= self._plan.steps:
+                    self._leaper.finish()  # the script may save its model next
 
     def stop(self, error: Exception) -> None:
         """Take back what is not verified, and leap no more."""

@@ -25,7 +25,7 @@ class Plan:
         every: steps between snapshots.
         at: instead, the steps of the snapshots.
         log_spaced: instead, so many snapshots spaced evenly in log(step): of `steps`, or of each factor of ten.
-        steps: number of steps the training will take, where known; for `log_spaced` only.
+        steps: number of steps the training will take, where known; for `log_spaced`, and for leaps to end in time.
         params: patterns of tensor names to store; one that begins with "!" excludes.
         trainable_only: store only what an optimiser holds: no buffers, nothing frozen.
         dtype: "keep" stores what holds every tensor exactly, "float32" rounds float64.
