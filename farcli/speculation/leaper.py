@@ -54,7 +54,7 @@ _SLOPES = 4
 class Leaping:
     """How to leap: options of every predictor and gate alike."""
 
-    every: int = field(default=25, metadata={"help": "steps between the points that predictors see"})
+    every: int = field(default=10, metadata={"help": "steps between the points that predictors see"})
     period: int = field(default=1, metadata={"help": "points between leaps"})
     ahead: int | None = field(
         default=None, metadata={"help": "K, steps to leap, for predictors that forecast; none means every × period"}
@@ -181,7 +181,8 @@ def enough_to_verify(options: Mapping[str, Any], steps: int | None) -> dict[str,
     leaping = replace(known, **fields)
     if steps is None or steps < 1 or leaping.until is not None:
         return dict(options)
-    return {**options, "until": steps - (leaping.window if leaping.gate == "delayed" else leaping.every)}
+    points = -(-leaping.window // leaping.every) if leaping.gate == "delayed" else 1
+    return {**options, "until": steps - points * leaping.every}
 
 
 class _Function(Validation):
@@ -283,7 +284,7 @@ class Leaper:
         self,
         model: nn.Module,
         optimizer: Optimizer | Sequence[Optimizer],
-        predictor: str | Sequence[Arm] = "outer",
+        predictor: str | Sequence[Arm] = "spectral",
         *,
         options: Leaping | None = None,
         validate: Validation | Callable[[nn.Module], float] | None = None,
@@ -413,7 +414,8 @@ class Leaper:
         self._highest = max(self._highest, self._trained.rate)
         if self.step % self.options.stride == 0:
             self._average.update()
-        if self._last_move is not None and self.step % max(1, self.options.every // _SLOPES) == 0:
+        due = self.step % max(1, self.options.every // _SLOPES) == 0
+        if due and self.options.watch and self._last_move is not None and len(self._slopes) < _SLOPES:
             self._slopes.append(self._trained.slope(self._last_move))
         if self.step % self.options.every == 0:
             self._point()

@@ -60,7 +60,7 @@ def leap(
     workload: str,
     output: Path | None,
     *,
-    predictors: Sequence[str] = ("outer",),
+    predictors: Sequence[str] = ("spectral",),
     strengths: Sequence[float] = (1.0,),
     leaping: Leaping | None = None,
     settings: Mapping[str, str] | None = None,

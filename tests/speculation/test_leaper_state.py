@@ -193,7 +193,7 @@ def test_where_every_leap_is_rejected_training_is_as_without(which, name):
 def test_a_window_that_is_lost_goes_back_bit_for_bit(which, name):
     model = MODELS[which]()
     optimizer = OPTIMIZERS[name](model.parameters())
-    options = {"every": 5, "window": 10, "start": 10, "patience": 1, "compute": 1e9}
+    options = {"every": 5, "window": 10, "start": 10, "patience": 1, "compute": 1e9, "margin": 1.0}
     with Leaper(model, optimizer, nowhere(50.0), **options) as leaper:
         for step in range(20):
             train(model, optimizer, leaper, range(step, step + 1))
@@ -273,7 +273,7 @@ def test_without_validation_training_losses_decide_and_immediate_gates_are_refus
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     with pytest.raises(UsageError, match="held-out data"):
         Leaper(model, optimizer, "outer", gate="strict")
-    with Leaper(model, optimizer, nowhere(100.0), every=5, window=10, compute=1e9) as leaper:
+    with Leaper(model, optimizer, nowhere(100.0), every=5, window=10, compute=1e9, margin=1.0) as leaper:
         train(model, optimizer, leaper, range(60))
     assert {entry.verdict for entry in leaper.entries} == {"rolled back"}
     assert len({entry.verdict_step for entry in leaper.entries}) == 2, "patience is two windows"
