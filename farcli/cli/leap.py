@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from farcli.cli.leap_online import in_command, online, share
-from farcli.cli.options import Force, FormatOption, Partial, Quiet, Resume, Settings
+from farcli.cli.options import Force, FormatOption, Partial, Quiet, Settings
 from farcli.cli.output import Column
 
 _SHORT = {"similarity": "activations", "displacement_cosine": "displacements", "past_outcomes": "past outcomes"}
@@ -37,7 +37,7 @@ def leap(
         typer.Option(
             "--predictors",
             help="On a recording: momentum (-uncorrected, -bf16, -fp16, -as-coded, -printed), linear, quadratic "
-            "(-printed). While training: spectral, outer, shift, moments, … Both: methods that need no fitting.",
+            "(-printed). While training: see `farcli methods --leaps`. Both: methods that need no fitting.",
         ),
     ] = None,
     ahead: Annotated[
@@ -80,7 +80,7 @@ def leap(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of a workload's training.")] = None,
     force: Force = False,
-    resume: Resume = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was stopped.")] = False,
     time_limit: Annotated[
         str | None, typer.Option("--time-limit", help="Stop by the clock and exit 75: 3h50m; a command gets SIGTERM.")
     ] = None,
@@ -112,7 +112,10 @@ def leap(
         str, typer.Option("--percentiles", help="Low and high as percentiles of each run's similarities.")
     ] = "30,70",
     window: Annotated[
-        int | None, typer.Option("--window", help="Losses that adaptive's σ is over; all so far if not said.")
+        int | None,
+        typer.Option(
+            "--window", help="On a recording: losses that adaptive's σ is over. While training: steps to a verdict."
+        ),
     ] = None,
     settings: Settings = None,
     loss: Annotated[
