@@ -20,11 +20,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from farcli.errors import UsageError
+from farcli.errors import FarcliError, UsageError
 from farcli.recording.messages import say, stopped
 from farcli.recording.names import skipped, unwrapped
 from farcli.recording.plan import Plan
 from farcli.recording.recorder import Recording, captured, independent, process_count, process_rank
+from farcli.recording.regions import any_says_so
 from farcli.registry import resolve
 from farcli.speculation.arrays import LEDGER, write_ledger
 from farcli.speculation.hearing import Losses
@@ -95,8 +96,9 @@ class Leap:
         self._losses = Losses()
         self._recent: list[Tensor] = []
         self._over = False
+        self._error: Exception | None = None
         self._late = False
-        self._finished_late: list[Entry] = []
+        self._unwritable = False
         self._speaks = process_rank() == 0
         with self._care():
             if recording.sharded:
@@ -110,32 +112,39 @@ class Leap:
             self._drop_rows(recording.step)
             if self._complete:
                 self._begin()
+        if not recording.sharded and process_count() > 1 and any_says_so(self._over):
+            self.stop(FarcliError("leaping could not begin in another process"))
 
     def after(self, optimizer: Any) -> None:
         """An optimiser has stepped: when all have, leap where a leap is due."""
-        if self._over or skipped(optimizer):
+        if not (self._over or skipped(optimizer)):
+            with self._care():
+                self._step(optimizer)
+        if self._error is not None and self._plan.strict:
+            error, self._error = self._error, None
+            raise RuntimeError("farcli leap --strict: leaping failed") from error
+
+    def _step(self, optimizer: Any) -> None:
+        if captured():
+            raise UsageError("the training step is captured in a CUDA graph")
+        if not self._complete and not self._takes_turns(optimizer):
             return
-        with self._care():
-            if captured():
-                raise UsageError("the training step is captured in a CUDA graph")
-            if not self._complete and not self._takes_turns(optimizer):
-                return
-            if self._leaper is None:
-                self._begin()
-                return
-            if id(optimizer) not in self._members:
-                raise UsageError(f"another optimizer ({type(optimizer).__name__}) trains the network from here on")
-            with _signals_later():
-                self._leaper.after_step()
-                self._hear(self._leaper)
-                if self._plan.steps is not None and self._leaper.step >= self._plan.steps:
-                    self._leaper.finish()  # the script may save its model next
+        if self._leaper is None:
+            self._begin()
+            return
+        if id(optimizer) not in self._members:
+            raise UsageError(f"another optimizer ({type(optimizer).__name__}) trains the network from here on")
+        with _signals_later():
+            self._leaper.after_step()
+            self._hear(self._leaper)
+            if self._plan.steps is not None and self._leaper.step >= self._plan.steps:
+                self._leaper.finish()  # the script may save its model next
 
     def stop(self, error: Exception) -> None:
         """Take back what is not verified, and leap no more."""
         if self._over:
             return
-        self._over = True
+        self._over, self._error = True, error
         self._losses.close()
         text = stopped(error, "leaping")
         if self._leaper is not None:
@@ -239,8 +248,13 @@ class Leap:
             return
         row = {"kind": "leap", "run": 0, **entry.row()}
         finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-        with open(home / ROWS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        try:
+            with open(home / ROWS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:  # a verdict stands, whether or not it can be written down
+            if not self._unwritable:
+                self._unwritable = True
+                say(f"{home / ROWS}: cannot be written ({error.strerror}).")
 
     def _drop_rows(self, step: int) -> None:
         """Of a resumed recording, the rows of steps that are taken again."""
@@ -257,13 +271,11 @@ class Leap:
 
     @contextmanager
     def _care(self) -> Iterator[None]:
-        """Within it no error of ours reaches the training, unless that was asked for."""
+        """Within it no error of ours reaches the training; `after` raises it where `--strict` asked for that."""
         try:
             yield
         except Exception as error:
             self.stop(error)
-            if self._plan.strict:
-                raise RuntimeError("farcli leap --strict: leaping failed") from error
 
 
 def read_ledger(store: Path) -> list[dict[str, Any]]:
@@ -316,21 +328,24 @@ def _imported(name: str) -> Callable[[Any], float]:
 
 
 def _sum(account: Account) -> str:
-    leaps = "leap was" if account.proposals == 1 else "leaps were"
     return (
-        f"{account.proposals} {leaps} proposed in {account.steps} steps: {account.accepted} kept, "
+        f"{_leaps(account.proposals)} proposed in {account.steps} steps: {account.accepted} kept, "
         f"{account.rejected} not, {account.unverified} unverified; verifying cost {account.verification:.1f} steps, "
         f"{account.lost} steps were thrown away."
     )
 
 
+def _leaps(count: int) -> str:
+    return f"{count} leap{'' if count == 1 else 's'}"
+
+
 def _late(pending: Sequence[Entry]) -> str:
     verdict = "had no verdict yet when the training ended"
     if any(entry.verdict == "accepted" for entry in pending):
-        verdict = "were verified only after the training had ended, and hold"
+        verdict = "verified only after the training had ended, and to be kept"
     elif any("go back" in entry.reason for entry in pending):
-        verdict = "were verified only after the training had ended, and should have been taken back"
+        verdict = "verified only after the training had ended, and to be taken back"
     return (
-        f"{len(pending)} leaps {verdict}: the weights that the script has saved have them in. "
+        f"{_leaps(len(pending))} {verdict}: the weights that the script has saved have them in. "
         "With --steps N, the number of steps it takes, the last ones are verified in time."
     )

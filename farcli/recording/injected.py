@@ -38,10 +38,6 @@ class Companion(Protocol):
         """An outermost step has ended, its snapshot has not been taken yet."""
         ...
 
-    def stop(self, error: Exception) -> None:
-        """Recording has failed: leave the training to itself."""
-        ...
-
     def end(self, *, orderly: bool) -> None:
         """The training is over, its last snapshot is taken; the store is still open."""
         ...
@@ -183,7 +179,8 @@ class Session:
 
     def _start(self, optimizer: Any) -> "Recording | None":
         from farcli.recording import names
-        from farcli.recording.recorder import Recording, process_rank
+        from farcli.recording.recorder import Recording, process_count, process_rank
+        from farcli.recording.regions import any_says_so
 
         if optimizer in self._past:
             return None
@@ -199,17 +196,26 @@ class Session:
         if not (writes or sharded or self.plan.leap):
             self._off = True
             return None
-        recording = Recording(
-            self.plan,
-            places,
-            optimizers,
-            path,
-            writes=writes,
-            exclusive=False,
-            door="command",
-            header={"leap": self.plan.leap} if self.plan.leap else None,
-            on_error=self._failed,
-        )
+        together = bool(self.plan.leap) and not sharded and process_count() > 1
+        try:
+            recording = Recording(
+                self.plan,
+                places,
+                optimizers,
+                path,
+                writes=writes,
+                exclusive=False,
+                door="command",
+                header={"leap": self.plan.leap} if self.plan.leap else None,
+                on_error=self._failed,
+            )
+        except Exception:
+            if together:
+                any_says_so(True)
+            raise
+        if together and any_says_so(False):  # who leaps without the others waits for them for ever
+            self._off = True
+            return None
         if writes:
             self._recorded.append((recording.path, 0))
         if not sharded:
@@ -230,14 +236,12 @@ class Session:
         except Exception as error:
             if self._recording is not None:
                 self._recording.fail(error)
-                if not self._recording.sharded:
+                # Other processes read shards, or leap, together with this one: it goes on, without its store.
+                if not self._recording.sharded and self._companion is None:
                     self._off = True
             else:
                 self._failed(error)
                 self._off = True
-            if self._off and self._companion is not None:
-                companion, self._companion = self._companion, None
-                companion.stop(error)
         if self._fatal and self.plan.strict and sys.exc_info()[0] is None:
             self._off = True
             raise RuntimeError("farcli record --strict: recording failed")

@@ -37,8 +37,10 @@ class Losses:
         self.take()
 
     def _wrap(self, owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        from torch._compile import _disable_dynamo
+
         before = getattr(owner, name)
-        wrapped = functools.wraps(before)(wrapper(before))
+        wrapped = functools.wraps(before)(_disable_dynamo(wrapper(before)))
         setattr(owner, name, wrapped)
 
         def undo() -> None:
