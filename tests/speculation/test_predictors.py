@@ -65,10 +65,14 @@ class TestEveryPredictor:
         assert len(seen.weights_CD) >= predictor.context
 
     def test_strength_scales_the_move(self, name: str) -> None:
-        whole, half, none = (
-            build_predictor(name, {}).propose(observed(), ahead=10, strength=strength).move_D
-            for strength in (1.0, 0.5, 0.0)
-        )
+        moves = []
+        for strength in (1.0, 0.5, 0.0):
+            predictor = build_predictor(name, {})
+            for seed in range(1, 6):  # some have to remember a few before they move
+                predictor.propose(observed(seed=seed), ahead=10, strength=0.0)
+            moves.append(predictor.propose(observed(), ahead=10, strength=strength).move_D)
+        whole, half, none = moves
+        assert whole.norm() > 0
         torch.testing.assert_close(half, whole / 2)
         assert not none.any()
 
@@ -109,7 +113,7 @@ def test_orthogonal_evens_singular_values_and_keeps_singular_vectors(shape: tupl
 
 def test_spectral_goes_as_far_as_training_but_evenly() -> None:
     seen = observed(points=2)
-    move_D = build_predictor("spectral", {}).propose(seen, ahead=10, strength=1.0).move_D
+    move_D = build_predictor("spectral", {"gain": "1"}).propose(seen, ahead=10, strength=1.0).move_D
     done_D = seen.displacement()
     for slot in LAYOUT.floats:
         rows = slice(slot.offset, slot.stop)
@@ -187,6 +191,15 @@ def test_merged_line_keeps_the_averages_pace() -> None:
         else:
             torch.testing.assert_close(move_D, direction * 0.5, rtol=1e-3, atol=1e-4)
         moved += move_D  # the engine moves the average along
+
+
+def test_merged_line_gathers_averages_although_its_first_proposals_are_rejected() -> None:
+    predictor = build_predictor("merged-line", {"points": "4"})
+    for index in range(4):
+        seen = replace(observed(points=2), average_D=torch.full((LAYOUT.size,), float(index)))
+        move_D = predictor.propose(seen, ahead=10, strength=1.0).move_D
+        predictor.rejected()
+    assert move_D.norm() > 0
 
 
 def test_loss_span_goes_down_within_the_span() -> None:

@@ -20,9 +20,9 @@ class Spectral(Predictor):
 
     With d = w_t − w_{t−P} and b ← μb + d, leap to w_{t−P} + (1 − κ)d + κ·s·U(d + μb), matrix by matrix.
 
-    U replaces a matrix's singular values by about 1; s gives the result the Frobenius norm that d has, so that the
-    leap goes as far as training did, but as fast in the directions where it crept as where it ran. Tensors of one axis
-    and embeddings, whose rows have nothing to do with each other, stay where they are.
+    U replaces a matrix's singular values by about 1; s gives the result `gain` times the Frobenius norm that d has,
+    so that the leap goes about as far as training did, but as fast in the directions where it crept as where it ran.
+    Tensors of one axis and embeddings, whose rows have nothing to do with each other, stay where they are.
 
     Source: ours. Orthogonalised momentum is Muon's (Jordan et al. 2024), whose Newton-Schulz coefficients these are;
     Nesterov momentum on displacements is SNOO's (arXiv 2510.15830).
@@ -36,7 +36,7 @@ class Spectral(Predictor):
 
         momentum: float = field(default=0.0, metadata={"help": "μ, what is kept of earlier displacements"})
         share: float = field(default=1.0, metadata={"help": "κ, of the displacement that is made orthogonal"})
-        gain: float = field(default=1.0, metadata={"help": "length of the orthogonal part, in lengths of d"})
+        gain: float = field(default=1.3, metadata={"help": "length of the orthogonal part, in lengths of d"})
 
         def __post_init__(self) -> None:
             if not 0 <= self.momentum < 1:
