@@ -360,15 +360,16 @@ def cost_to(costs: Sequence[float], losses: Sequence[float], target: float) -> t
     x, y = np.log(costs), np.asarray(losses, float)
     for low in range(len(x) - 1):
         if y[low] >= target >= y[low + 1] and y[low] > y[low + 1]:
-            share = (y[low] - target) / (y[low] - y[low + 1])
+            # beside a diverged point there is no line: the dearer one's cost
+            share = (y[low] - target) / (y[low] - y[low + 1]) if np.isfinite(y[low]) else 1.0
             return float(np.exp(x[low] + share * (x[low + 1] - x[low]))), False
-    first, last = (0, 1) if target > y[0] else (len(x) - 2, len(x) - 1)
-    slope = (y[last] - y[first]) / (x[last] - x[first])
-    if not np.isfinite(slope) or slope >= 0:
-        return (float(costs[0]), True) if target > y[0] else (float("inf"), True)
-    edge = first if target > y[0] else last
+    if target > y[0]:  # there already with the least that ran, and nobody knows how much less would have done
+        return float(costs[0]), True
+    if not np.isfinite(y[-2:]).all() or y[-1] >= y[-2]:
+        return float("inf"), True
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
     # no further than a factor of two: a line is no forecast
-    return float(np.exp(np.clip(x[edge] + (target - y[edge]) / slope, x[0] - np.log(2), x[-1] + np.log(2)))), True
+    return float(np.exp(min(x[-1] + (target - y[-1]) / slope, x[-1] + np.log(2)))), True
 
 
 def reporting(
@@ -485,7 +486,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Iterato
                 if row["best_control"]
                 else (f"{row['difference']:+.4f} [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]")
             )
-            sign = "≈" if row["bound"] else ""
+            sign = "" if not row["bound"] else "≥" if row["speedup"] > 1 else "≈"
             speedup = (
                 "1"
                 if row["best_control"]
