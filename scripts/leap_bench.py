@@ -112,7 +112,7 @@ METHODS = {
         {"schedule": "wsd"},
         "spectral",
         {
-            "every=5": {"every": 5},
+            "every=5": {"every": 5, "gain": "1"},
             "every=5 gain=1.3": {"every": 5, "gain": "1.3"},
             "every=10 gain=1.3": {"every": 10, "gain": "1.3"},
         },
