@@ -17,6 +17,7 @@ class Anderson(Predictor):
     the leap goes to Σ c_i w_{i+1}.
 
     Source: Scieur, d'Aspremont and Bach, "Regularized nonlinear acceleration" (arXiv 1606.04133), algorithm 2.
+    Differs: it combines w_{i+1} (Anderson's mixing of 1), where the paper combines w_i.
     """
 
     reference = "regularised nonlinear acceleration (arXiv 1606.04133) of the last points"

@@ -52,7 +52,7 @@ class MergedLine(Predictor):
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """The pace along the line, times share; nothing before there are enough averages."""
-        self._averages = [*self._averages, seen.average_D.clone()][-self._config.points :]
+        self._averages = self._stayed = [*self._averages, seen.average_D.clone()][-self._config.points :]
         if len(self._averages) < self._config.points:
             return Proposal(move_D=torch.zeros_like(seen.now))
         mean_D = torch.stack(self._averages).mean(0)
@@ -66,7 +66,6 @@ class MergedLine(Predictor):
         pace = float((self._averages[-1] - self._averages[0]) @ line_D) / (len(self._averages) - 1)
         move_D = line_D.mul_(pace * self._config.share * strength)
         # The past moves along, so that the next pace is training's own.
-        self._stayed = self._averages
         self._averages = [each + move_D for each in self._averages]
         return Proposal(move_D=move_D)
 
