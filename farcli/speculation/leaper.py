@@ -93,7 +93,7 @@ class Leaping:
             "become half as long; 0 for not looking"
         },
     )
-    seed: int = field(default=0, metadata={"help": "of the bandit and of the verification data"})
+    seed: int = field(default=0, metadata={"help": "of the bandit that chooses among predictors"})
 
     def __post_init__(self) -> None:
         for name, least in (("every", 1), ("period", 1), ("window", 1), ("patience", 1), ("memory", 1), ("stride", 1)):
@@ -509,7 +509,10 @@ class Leaper:
         elif now:
             self._judge_now(entry, arm, proposal)
         else:
-            self._make(proposal)
+            if size > 0:
+                self._make(proposal)
+            else:  # the arm "no leap" does nothing at all, and there is nothing to watch
+                self._last_move = None
             if window is None:
                 self._settle(entry, "unverified", "no gate")
             else:
@@ -518,9 +521,10 @@ class Leaper:
     def _proposal_cost(self, index: int) -> float:
         """Of the next proposal of an arm, in training steps; 0 where nothing is known before the first."""
         known = self._arms[index].predictor.operations(self._trained.layout, self._trained.tables)
+        last = self._proposal_costs.get(index, 0.0)  # with the gradients it took
         if known == 0 or (known is not None and self._step_flops is not None):
-            return known / (self._step_flops or 1.0)
-        return self._proposal_costs.get(index, 0.0)
+            return max(last, known / (self._step_flops or 1.0))
+        return last
 
     def _propose(self, index: int, ahead: int, strength: float) -> Proposal:
         """A proposal, and its cost in training steps: by operations where a step's are known, else by the clock."""
@@ -621,7 +625,7 @@ class Leaper:
         self._pay(*entries)
         usual = fmean(self._paces[-5:]) if self._paces else None
         if self._bandit is not None and usual:
-            self._bandit.reward(window.arm, pace / usual - 1)
+            self._bandit.reward(window.arm, (pace - usual) / abs(usual))
         for entry in entries:
             entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
             self._settle(entry, "accepted", judged.reason)
@@ -824,6 +828,7 @@ class Leaper:
             "slopes": list(self._slopes),
             "rises": list(self._rises),
             "proposing": self._proposing,
+            "proposal_costs": dict(self._proposal_costs),
             "last_move": None if self._last_move is None else self._last_move.clone(),
             "points": [(step, point_D.clone()) for step, point_D in self._points],
             "average": self._average.state(),
@@ -862,19 +867,20 @@ class Leaper:
         self._scale, self._lost, self._off = state["scale"], state["lost"], state["off"]
         self._losses, self._paces, self._slopes = list(state["losses"]), list(state["paces"]), list(state["slopes"])
         self._proposing = state["proposing"]
+        self._proposal_costs = dict(state.get("proposal_costs", {}))
         self._rises.clear()
         self._rises.extend(state["rises"])
         self._highest, self._measured_at = state["highest"], state["measured_at"]
-        self._last_move = state["last_move"]
+        self._last_move = None if state["last_move"] is None else self._here(state["last_move"])
         self._points.clear()
-        self._points.extend((step, point_D.clone()) for step, point_D in state["points"])
+        self._points.extend((step, self._here(point_D)) for step, point_D in state["points"])
         self._average.restore(state["average"])
         self._unit = state["unit"]
         if self._heard is not None:
             self._heard.clear()
             self._heard.extend(state["heard"])
         for arm, remembered in zip(self._arms, state["predictors"], strict=True):
-            arm.predictor.restore(remembered)
+            arm.predictor.restore({key: self._here(each) for key, each in remembered.items()})
         if self._bandit is not None:
             self._bandit.restore(state["bandit"])
         self.entries = [Entry(**row) for row in state["entries"]]
@@ -883,8 +889,12 @@ class Leaper:
             start=window["start"],
             saved=Saved(window["values"], window["states"]),
             average=window["average"],
-            predictors=window["predictors"],
-            point_D=window["point"],
+            predictors=[{key: self._here(each) for key, each in one.items()} for one in window["predictors"]],
+            point_D=self._here(window["point"]),
             entries=list(window["entries"]),
             arm=window["arm"],
         )
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """A copy where the weights are: checkpoints are often loaded on the CPU."""
+        return tensor.to(self._trained.device, copy=True)

@@ -260,12 +260,65 @@ def test_arms_are_measured_beside_no_leap() -> None:
     assert late.count("along") > late.count("none")
 
 
+class Overfitting(Validation):
+    """Losses of two verdicts: the average gets worse by less than its error, then better."""
+
+    cost = 0.5
+
+    def __init__(self) -> None:
+        self.left = [[0.9, 1.3], [1.2, 0.8], [0.7, 0.9], [1.1, 0.9]]  # after and before, twice
+
+    def losses(self, model: nn.Module, draw: int) -> list[float]:
+        """The next two."""
+        return self.left.pop(0)
+
+
+def test_progress_after_regress_is_a_reward() -> None:
+    model, optimizer = training()
+    arms = [*along(0.0), *along(0.1)]
+    with Leaper(model, optimizer, arms, every=5, window=10, until=20, budget=1.0, validate=Overfitting()) as leaper:
+        steps(model, optimizer, 30)
+    bandit = leaper.state_dict()["bandit"]
+    assert sorted(bandit["sum"]) == [0.0, 2.0]
+
+
+def test_the_arm_that_does_not_leap_does_nothing() -> None:
+    arms = [Arm(name, build_predictor("lookahead", {}), 0.0) for name in ("none", "other")]
+    model, optimizer = training()
+    with Leaper(model, optimizer, arms, every=5, gate="none", moments="reset") as leaper:
+        steps(model, optimizer, 18)
+    assert len(leaper.entries) == 3
+    plain, plain_optimizer = training()
+    steps(plain, plain_optimizer, 18)
+    assert torch.equal(next(model.parameters()), next(plain.parameters()))
+
+
+def test_gradients_of_a_proposal_stay_within_the_budget_also_after_a_resume() -> None:
+    """Three gradients of 2 % of the steps: the first proposal is on credit, the second waits for step 300."""
+    model, optimizer = training()
+
+    def fresh() -> Tensor:
+        return ((next(model.parameters()) - SOLUTION) ** 2).sum()
+
+    def leaper() -> Leaper:
+        return Leaper(model, optimizer, "loss-span", every=10, gate="none", step_flops=200.0, fresh=fresh)
+
+    with leaper() as first:
+        steps(model, optimizer, 140)
+    assert [entry.cost for entry in first.entries] == [3.0]
+    second = leaper()
+    second.load_state_dict(first.state_dict())
+    with second:
+        steps(model, optimizer, 140)
+    assert len(second.entries) == 1
+
+
 class Broken(Distance):
-    """Fails at the third measurement."""
+    """Fails at the fourth measurement: when the second leap has been made."""
 
     def losses(self, model: nn.Module, draw: int) -> list[float]:
         """A loss, or not."""
-        if len(self.draws) == 2:
+        if len(self.draws) == 3:
             raise RuntimeError("no data")
         return super().losses(model, draw)
 
