@@ -496,13 +496,13 @@ def compared(
     return [{key: value.item() if hasattr(value, "item") else value for key, value in row.items()} for row in result]
 
 
-_READING = """Speed-up: cost of the best control over the cost at which a method reaches that control's final loss; ≥ where
-half of T was enough, ≈ where the line had to be extended. In brackets 95 % bootstrap intervals over the seeds, paired
-with the control; five seeds make them too narrow, and the choice of rate and setting, on one tuning seed, is not in
-them. Costs count steps, verification, steps lost to roll-backs and the operations of proposals, in training steps.
-`spectral` was developed on the first two workloads and has three settings that the others choose among; peers have one,
-as published, but leap neither in the schedule's decay nor in the last eighth. Muon is torch.optim's: convolutions are
-left to AdamW.
+_READING = """Speed-up: cost of the best control over the cost at which a method reaches that control's final loss; ≥
+where half of T was enough, ≈ where the line had to be extended. In brackets 95 % bootstrap intervals over the seeds,
+paired with the control; five seeds make them too narrow, and the choice of rate and setting, on one tuning seed, is
+not in them. Costs count steps, verification, steps lost to roll-backs and the operations of proposals, in training
+steps. `spectral` was developed on the first two workloads and has three settings that the others choose among; peers
+have one, as published, but leap neither in the schedule's decay nor in the last eighth. Muon is torch.optim's:
+convolutions are left to AdamW.
 """
 
 

@@ -4,10 +4,10 @@
 
 Siblings have the same network and other data: the same in another order, or another text altogether (`gpt2` on the
 second half of the training text after the first half). Every sibling is also trained cold, with the same schedule and
-the rate that `make leap-bench` found best for WSD, and its cold final held-out loss is what its warm run has to reach.
-Warm runs have budgets of 5, 10, 20 and 40 % of the cold one and learning rates of their own, chosen on a sibling that is
-not reported. A warm start is no acceleration: the total has the first run's cost in it, and the weights have seen the
-first run's data as well.
+the rate that `make leap-bench` found best for WSD, and its cold final held-out loss is what its warm run has to
+reach. Warm runs have budgets of 5, 10, 20 and 40 % of the cold one and learning rates of their own, chosen on a
+sibling that is not reported. A warm start is no acceleration: the total has the first run's cost in it, and the
+weights have seen the first run's data as well.
 """
 
 import argparse

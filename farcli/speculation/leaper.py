@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from farcli.config import configure
-from farcli.errors import FarcliError, NonFiniteError, UsageError
+from farcli.errors import FarcliError, NonFiniteError, StoppedError, UsageError
 from farcli.forecasters.table import FORECASTERS
 from farcli.registry import resolve, unknown
 from farcli.speculation.bandit import Bandit
@@ -364,7 +364,7 @@ class Leaper:
         self.detach()
         if kind is None:
             self.finish()
-        else:
+        elif not issubclass(kind, StoppedError):  # what was stopped is saved as it is, and goes on
             self.retreat("training ended with an error")
 
     def detach(self) -> None:
@@ -793,6 +793,7 @@ class Leaper:
         if not self.options.watch or len(slopes) < 3:
             return
         self._rises.append(fmean(slopes) / max(stdev(slopes) / sqrt(len(slopes)), 1e-30))
+        self._last_move = None  # a leap is looked at once
         if len(self._rises) == self._rises.maxlen and fmean(self._rises) > self.options.watch:
             self._rises.clear()
             self._scale /= 2
