@@ -188,7 +188,7 @@ def test_a_module_whose_own_function_validates(bench):
     ran = leap(bench, *HELD, "train:held_out", command=[sys.executable, "-m", "train"])
     assert ran.code == 0, ran.err
     assert len(ran.out.splitlines()) == 30, "the script was not imported a second time"
-    assert any(row["verdict"] == "accepted" for row in read_ledger(bench.folder / "leap.zarr"))
+    assert any(row["loss_after"] is not None for row in read_ledger(bench.folder / "leap.zarr")), "it has validated"
 
 
 @pytest.mark.slow
