@@ -31,7 +31,7 @@ CELLS = RESULTS / "cells.ndjson"
 BUDGETS = (0.5, 1.0)
 TUNING = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
-_NINO = Path(os.environ.get("FARCLI_NINO", "../shared/data/nino/nino_mlp.pt"))
+_NINO = Path(os.environ.get("FARCLI_NINO", "nino_mlp.pt"))
 
 
 @dataclass(frozen=True, slots=True)
