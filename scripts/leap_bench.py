@@ -142,6 +142,13 @@ METHODS = {
         gate="strict",
         like=("WSD + EMA", "decay=.25"),
     ),
+    "every leap rejected, delayed": Method(
+        {"schedule": "wsd"},
+        "lookahead",
+        {"away": {"every": 0.02, "alpha": "30"}},
+        gate="delayed",
+        like=("WSD + EMA", "decay=.25"),
+    ),
 }
 
 
@@ -154,7 +161,9 @@ def train(task: str, method: str, setting: str, rate: float, budget: float, seed
     import torch
 
     from farcli.errors import NonFiniteError
-    from farcli.speculation.leaper import Arm, Leaper, Leaping, build_predictor
+    from farcli.speculation.arms import Arm, build_predictor
+    from farcli.speculation.leaper import Leaper
+    from farcli.speculation.options import Leaping
     from farcli.training import TrainingRun, run_seed, workload_from
     from farcli.verbs.leap import WorkloadValidation, step_operations
 

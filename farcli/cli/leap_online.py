@@ -61,7 +61,7 @@ def online(
     least = _least(require)
     with stop_flag() as stop, progress(f"leap {workload}", quiet) as report:
         from farcli.config import configure
-        from farcli.speculation.leaper import Leaping
+        from farcli.speculation.options import Leaping
         from farcli.verbs.leap import leap
 
         given = {key: str(value) for key, value in fields.items() if value is not None}
@@ -168,7 +168,7 @@ def in_command(
     from farcli.errors import UsageError
     from farcli.integrations.script import leap_section
     from farcli.recording.plan import Plan
-    from farcli.speculation.leaper import Leaping
+    from farcli.speculation.options import Leaping
     from farcli.verbs.record_command import expand_output, record_command
 
     if output is None:

@@ -7,7 +7,8 @@ from lightning.pytorch.callbacks import Callback  # pyright: ignore[reportMissin
 
 from farcli.recording.recorder import Recorder, inner_optimizer
 from farcli.speculation.hearing import Losses
-from farcli.speculation.leaper import Leaper, enough_to_verify
+from farcli.speculation.leaper import Leaper
+from farcli.speculation.options import enough_to_verify
 
 
 class RecorderCallback(Callback):

@@ -27,10 +27,12 @@ from farcli.recording.plan import Plan
 from farcli.recording.recorder import Recording, captured, independent, process_count, process_rank
 from farcli.recording.regions import any_says_so
 from farcli.registry import resolve
+from farcli.speculation.arms import arms_of
 from farcli.speculation.arrays import LEDGER, write_ledger
 from farcli.speculation.hearing import Losses
-from farcli.speculation.leaper import Leaper, Leaping, arms_of, enough_to_verify
+from farcli.speculation.leaper import Leaper
 from farcli.speculation.ledger import Account, Entry
+from farcli.speculation.options import Leaping, enough_to_verify
 from farcli.speculation.trained import Saved
 
 ROWS = "ledger.ndjson"

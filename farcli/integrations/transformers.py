@@ -10,7 +10,8 @@ from farcli.files import staged_file
 from farcli.recording.messages import say
 from farcli.recording.recorder import Recorder, inner_optimizer
 from farcli.speculation.hearing import Losses
-from farcli.speculation.leaper import Leaper, enough_to_verify
+from farcli.speculation.leaper import Leaper
+from farcli.speculation.options import enough_to_verify
 
 
 class RecorderCallback(TrainerCallback):

@@ -3,239 +3,33 @@
 Shape suffixes: D trained coordinates, N batches of a draw of verification data.
 """
 
-import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from math import isfinite, isnan, sqrt
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt
 from statistics import fmean, stdev
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from farcli.config import configure
 from farcli.errors import FarcliError, NonFiniteError, StoppedError, UsageError
-from farcli.forecasters.table import FORECASTERS
-from farcli.registry import resolve, unknown
+from farcli.speculation.arms import Arm, build_predictor
 from farcli.speculation.bandit import Bandit
-from farcli.speculation.base import Observed, Predictor, Proposal
+from farcli.speculation.base import Observed, Proposal
 from farcli.speculation.gates import Gate, Judged, delayed, heard, immediate
 from farcli.speculation.ledger import Account, Entry, Verdict
-from farcli.speculation.predictors.forecast import Forecast
-from farcli.speculation.table import PREDICTORS
+from farcli.speculation.options import Leaping
 from farcli.speculation.trained import Average, Saved, Trained, foreach_copy
-
-
-class Validation(Protocol):
-    """Verification data: fresh, paired, and disjoint from training data and from what is reported."""
-
-    @property
-    def cost(self) -> float:
-        """Of one call of `losses`, in training steps."""
-        ...
-
-    def losses(self, model: nn.Module, draw: int) -> list[float]:
-        """Losses of the model as it is on the batches of a draw: the same for the same draw, in evaluation mode."""
-        ...
-
+from farcli.speculation.validation import Function, Validation, mean_over_processes, processes
 
 _SLOPES = 4
 """Looks at the slope along the last leap, before the next point."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Leaping:
-    """How to leap: options of every predictor and gate alike."""
-
-    every: int = field(default=10, metadata={"help": "steps between the points that predictors see"})
-    period: int = field(default=1, metadata={"help": "points between leaps"})
-    ahead: int | None = field(
-        default=None, metadata={"help": "K, steps to leap, for predictors that forecast; none means every × period"}
-    )
-    gate: Gate = field(
-        default="delayed",
-        metadata={
-            "help": "strict, adaptive or proximity judge a leap at once; delayed judges a window of training with "
-            "leaps in it by the running average, and rolls back; none keeps everything"
-        },
-    )
-    window: int = field(default=100, metadata={"help": "steps from a leap to the delayed verdict, at least"})
-    budget: float = field(default=0.01, metadata={"help": "share of the training's cost that verifying may take"})
-    compute: float = field(
-        default=0.02, metadata={"help": "share of the training's cost that proposing may take; leaps wait for it"}
-    )
-    tolerance: float = field(default=0.005, metadata={"help": "ε of proximity, as a share of the loss"})
-    margin: float = field(default=3.0, metadata={"help": "standard errors by which a window may lose before it is"})
-    patience: int = field(default=2, metadata={"help": "windows lost in a row after which there are no more leaps"})
-    memory: int = field(default=100, metadata={"help": "steps that the running average remembers"})
-    stride: int = field(default=5, metadata={"help": "steps between updates of the running average"})
-    start: int = field(default=0, metadata={"help": "first step to leap at"})
-    until: int | None = field(default=None, metadata={"help": "last step to leap at; none for no end"})
-    freeze: float = field(
-        default=0.9,
-        metadata={"help": "no leaps once the learning rate is below this share of its maximum; 0 for never"},
-    )
-    moments: Literal["keep", "reset", "shrink"] = field(
-        default="keep",
-        metadata={"help": "Adam's first moments and SGD's momentum after a leap: as they are, 0, or half"},
-    )
-    watch: float = field(
-        default=1.5,
-        metadata={
-            "help": "mean t of the slopes along the last four leaps, in training's own gradients, above which leaps "
-            "become half as long; 0 for not looking"
-        },
-    )
-    seed: int = field(default=0, metadata={"help": "of the bandit that chooses among predictors"})
-
-    def __post_init__(self) -> None:
-        for name, least in (("every", 1), ("period", 1), ("window", 1), ("patience", 1), ("memory", 1), ("stride", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)}, expected {least} or more.")
-        if self.ahead is not None and self.ahead < 1:
-            raise ValueError(f"ahead = {self.ahead}, expected 1 or more.")
-        for name in ("budget", "tolerance", "margin", "freeze", "watch", "compute", "start"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} = {getattr(self, name)}, expected 0 or more.")
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """One way to leap."""
-
-    name: str
-    predictor: Predictor
-    strength: float
-
-
-def build_predictor(name: str, options: Mapping[str, str]) -> Predictor:
-    """A predictor by its name in either table (or "package.module:Class"), with options as typed.
-
-    Raises:
-        UsageError: there is none of that name, an option is unknown, or it would have to be fitted.
-    """
-    if name in FORECASTERS:
-        chosen = resolve("forecaster", name, FORECASTERS)
-        return Forecast(name, chosen(configure(chosen.Config, options, name)))
-    if name not in PREDICTORS and ":" not in name:
-        raise unknown("predictor", name, [*PREDICTORS, *FORECASTERS])
-    chosen = resolve("predictor", name, PREDICTORS)
-    if not (isinstance(chosen, type) and issubclass(chosen, Predictor)):
-        raise UsageError(f"predictor {name!r}: is {chosen!r}, expected a subclass of Predictor.")
-    return chosen(configure(chosen.Config, options, name))
-
-
-def arms_of(names: Sequence[str], strengths: Sequence[float], settings: Mapping[str, str]) -> list[Arm]:
-    """One arm for each predictor and strength; where there are several, "no leap" first; none for "none".
-
-    Raises:
-        UsageError: a name is unknown, or an option belongs to no predictor.
-    """
-    if not names or not strengths:
-        raise UsageError("leap: no predictor was given.")
-    if list(names) == ["none"]:
-        return []
-    if len(names) == 1:
-        made = [(names[0], build_predictor(names[0], settings), strength) for strength in strengths]
-    else:
-        made = []
-        unused = set(settings)
-        for name in names:
-            known = _options_known(name, settings)
-            unused -= known.keys()
-            made += [(name, build_predictor(name, known), strength) for strength in strengths]
-        if unused:
-            raise UsageError(f"--option {min(unused)}: none of the predictors {', '.join(names)} has it.")
-    arms = [Arm(*each) for each in made]
-    return arms if len(arms) == 1 else [Arm("none", build_predictor("lookahead", {}), 0.0), *arms]
-
-
-def _options_known(name: str, settings: Mapping[str, str]) -> dict[str, str]:
-    """Those of the options that a predictor has."""
-    known = {}
-    for key, value in settings.items():
-        try:
-            build_predictor(name, {key: value})
-        except UsageError:
-            continue
-        known[key] = value
-    return known
-
-
-def enough_to_verify(options: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
-    """Keywords of `Leaper` with the last leap early enough for its verdict, where it is not said and can be known.
-
-    Args:
-        options: keywords.
-        steps: that the training takes; None or less than 1 where nobody knows.
-    """
-    known = options.get("options") or Leaping()
-    fields = {name: options[name] for name in ("gate", "window", "every", "until") if name in options}
-    leaping = replace(known, **fields)
-    if steps is None or steps < 1 or leaping.until is not None:
-        return dict(options)
-    points = -(-leaping.window // leaping.every) if leaping.gate == "delayed" else 1
-    return {**options, "until": steps - points * leaping.every}
-
-
-class _Function(Validation):
-    """A function of the user's: one loss, always of the same data, timed against the training's steps."""
-
-    def __init__(self, function: Callable[[nn.Module], float], step_seconds: Callable[[], float]) -> None:
-        self._function = function
-        self._step_seconds = step_seconds
-        self._took = 0.0
-
-    @property
-    def cost(self) -> float:
-        """Seconds of the last call over seconds of a step; nothing is known before the first, which is on credit."""
-        seconds = self._step_seconds()
-        return self._took / seconds if seconds > 0 else 0.0
-
-    def losses(self, model: nn.Module, draw: int) -> list[float]:
-        """The function's loss, with the model in evaluation mode."""
-        began = perf_counter()
-        modes = [(module, module.training) for module in model.modules()]
-        drawn = random.getstate(), np.random.get_state()
-        model.eval()
-        try:
-            with torch.no_grad():
-                value = self._function(model)
-            loss = float(value)
-        except FarcliError:
-            raise
-        except Exception as error:  # the user's code may raise anything
-            raise UsageError(f"leap: the validation function raised {type(error).__name__}: {error}") from error
-        finally:
-            for module, training in modes:
-                module.training = training
-            random.setstate(drawn[0])
-            np.random.set_state(drawn[1])
-        self._took = perf_counter() - began
-        if isnan(loss):
-            raise NonFiniteError("leap: the validation function returned NaN, expected a loss.")
-        return [loss]
-
-
-def mean_over_processes(losses_N: Sequence[float], device: torch.device) -> list[float]:
-    """The same losses in every process of a distributed training, so that all judge alike."""
-    if _processes() == 1:
-        return list(losses_N)
-    total = torch.tensor(losses_N, dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(total)
-    return (total / _processes()).tolist()
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 @dataclass(slots=True)
@@ -314,7 +108,7 @@ class Leaper:
                 f"leap: gate {self.options.gate!r} verifies on held-out data, and there is none.",
                 "Give a validation function, or choose the gate delayed, which can go by the training's losses.",
             )
-        self._validation = _Function(validate, lambda: self._seconds) if callable(validate) else validate
+        self._validation = Function(validate, lambda: self._seconds) if callable(validate) else validate
         self._fresh = fresh
         self._told = told
         self.step = self._began = step
@@ -327,6 +121,7 @@ class Leaper:
         self._scale = 1.0
         self._lost = 0
         self._off = False
+        self._trusted = not self.options.look or validate is None
         self._losses: list[float] = []
         self._measured_at = 0
         self._paces: list[float] = []
@@ -387,7 +182,7 @@ class Leaper:
         value = value.detach() if isinstance(value, Tensor) else value
         if self._heard is not None:
             self._heard.append((self.step, value))
-        if self._window is None or _processes() > 1 or (isinstance(value, Tensor) and value.device.type != "cpu"):
+        if self._window is None or processes() > 1 or (isinstance(value, Tensor) and value.device.type != "cpu"):
             return  # of several processes no one may go back alone
         if not isfinite(float(value)):
             self._roll_back(Judged(False, float("nan"), float(value), "the training loss is not finite"))
@@ -470,7 +265,8 @@ class Leaper:
     def _leap(self) -> None:
         options = self.options
         now = options.gate not in ("none", "delayed")
-        if now and not self._affordable():
+        look = options.gate == "delayed" and self._window is None and not self._trusted
+        if (now or look) and not self._affordable():
             return
         cosine = self._cosine()
         if self._window is not None:
@@ -490,9 +286,8 @@ class Leaper:
         proposal = self._propose(index, ahead, strength)
         self._proposing += proposal.cost
         size = float(proposal.move_D.norm())
-        if size == 0 and self._bandit is None:
-            return  # there is no past yet to go on from
-        self._window = window
+        if size == 0 and (self._bandit is None or now):
+            return  # there is no past yet to go on from, or nothing that a gate could judge
         entry = Entry(
             step=self.step,
             predictor=arm.name,
@@ -506,17 +301,27 @@ class Leaper:
         if not isfinite(size):
             arm.predictor.rejected()
             self._settle(entry, "rejected", "the forecast is not finite")
-        elif now:
-            self._judge_now(entry, arm, proposal)
+            return
+        if now:
+            self._judge_now(entry, index, proposal)
+            return
+        if size == 0:  # the arm "no leap" does nothing at all, and there is nothing to watch
+            self._last_move = None
+        elif look:
+            judged = self._try(entry, arm, proposal, "strict")
+            if not judged.kept:
+                if self._bandit is not None:
+                    self._bandit.reward(index, -1)
+                self._settle(entry, "rejected", f"first look: {judged.reason}")
+                return
         else:
-            if size > 0:
-                self._make(proposal)
-            else:  # the arm "no leap" does nothing at all, and there is nothing to watch
-                self._last_move = None
-            if window is None:
-                self._settle(entry, "unverified", "no gate")
-            else:
-                window.entries.append(len(self.entries) - 1)
+            self._trained.add(proposal.move_D)
+            self._made(proposal)
+        if window is None:
+            self._settle(entry, "unverified", "no gate")
+        else:
+            self._window = window
+            window.entries.append(len(self.entries) - 1)
 
     def _proposal_cost(self, index: int) -> float:
         """Of the next proposal of an arm, in training steps; 0 where nothing is known before the first."""
@@ -548,12 +353,8 @@ class Leaper:
         self._proposal_costs[index] = own + proposal.cost
         return replace(proposal, cost=own + proposal.cost)
 
-    def _make(self, proposal: Proposal) -> None:
-        """Leap: weights, the average and the past move together."""
-        self._trained.add(proposal.move_D)
-        self._made(proposal)
-
     def _made(self, proposal: Proposal) -> None:
+        """The weights have leapt: the average and the past move with them."""
         if proposal.average:
             self._average.add(proposal.move_D)
         for _, point_D in self._points:
@@ -564,7 +365,17 @@ class Leaper:
         if self.options.moments != "keep":
             self._weaken_moments(0.0 if self.options.moments == "reset" else 0.5)
 
-    def _judge_now(self, entry: Entry, arm: Arm, proposal: Proposal) -> None:
+    def _judge_now(self, entry: Entry, index: int, proposal: Proposal) -> None:
+        """An immediate gate's verdict, and what the leap was worth."""
+        judged = self._try(entry, self._arms[index], proposal, self.options.gate)
+        self._learn_pace(judged.before)
+        entry.equivalent_steps = self._worth(judged.before - judged.after) if isfinite(judged.after) else None
+        if self._bandit is not None and entry.equivalent_steps is not None:
+            gained = entry.equivalent_steps if judged.kept else 0.0
+            self._bandit.reward(index, (gained - entry.cost) / (self.options.every * self.options.period))
+        self._settle(entry, "accepted" if judged.kept else "rejected", judged.reason)
+
+    def _try(self, entry: Entry, arm: Arm, proposal: Proposal, gate: Gate) -> Judged:
         """Leap, and take it back at once where the gate says so; or where judging fails."""
         before = [tensor.detach().clone() for tensor in self._trained.tensors]
         kept = False
@@ -572,7 +383,7 @@ class Leaper:
             before_N = self._measure()
             self._trained.add(proposal.move_D)
             after_N = self._measure()
-            judged = immediate(self.options.gate, before_N, after_N, self._losses, self.options.tolerance)
+            judged = immediate(gate, before_N, after_N, self._losses, self.options.tolerance)
             kept = judged.kept
         except BaseException:
             self._settle(entry, "rejected", "the verification failed")
@@ -587,9 +398,7 @@ class Leaper:
         entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
         if kept:
             self._made(proposal)
-        self._learn_pace(judged.before)
-        entry.equivalent_steps = self._worth(judged.before - judged.after) if isfinite(judged.after) else None
-        self._settle(entry, "accepted" if kept else "rejected", judged.reason)
+        return judged
 
     # ---------------------------------------------------------------- windows
 
@@ -614,23 +423,19 @@ class Leaper:
         except BaseException:
             self.retreat("the verification failed")
             raise
+        self._pay(*self._entries_of(window))
         if not judged.kept:
-            self._pay(*self._entries_of(window))
             self._roll_back(judged)
             return
         self._window = None
-        steps = max(1, self.step - window.start)
-        pace = (judged.before - judged.after) / steps
-        entries = self._entries_of(window)
-        self._pay(*entries)
+        pace = (judged.before - judged.after) / max(1, self.step - window.start)
         usual = fmean(self._paces[-5:]) if self._paces else None
         if self._bandit is not None and usual:
             self._bandit.reward(window.arm, (pace - usual) / abs(usual))
-        for entry in entries:
-            entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
-            self._settle(entry, "accepted", judged.reason)
         self._paces.append(pace)
         self._lost = 0
+        self._trusted = True
+        self._close(window, judged, "accepted")
 
     def _judge_average(self, window: _Window) -> Judged:
         """By the running average, on fresh batches."""
@@ -672,13 +477,16 @@ class Leaper:
         self._lost += 1
         self._scale /= 2
         self._off = self._lost >= self.options.patience
+        self._trusted = self._validation is None or not self.options.look
         if self._bandit is not None:
             self._bandit.reward(window.arm, -1)
-        entries = self._entries_of(window)
-        for number, entry in enumerate(entries):
+        self.entries[window.entries[0]].lost_steps = self.step - window.start
+        self._close(window, judged, "rolled back")
+
+    def _close(self, window: _Window, judged: Judged, verdict: Verdict) -> None:
+        for entry in self._entries_of(window):
             entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
-            entry.lost_steps = self.step - window.start if number == 0 else 0
-            self._settle(entry, "rolled back", judged.reason)
+            self._settle(entry, verdict, judged.reason)
 
     def _entries_of(self, window: _Window) -> list[Entry]:
         return [self.entries[index] for index in window.entries]
@@ -698,10 +506,10 @@ class Leaper:
             try:
                 losses = self._validation.losses(self._model, self._draw)
             except Exception as caught:
-                if _processes() == 1:
+                if processes() == 1:
                     raise
                 error = caught
-        if _processes() > 1 and max(mean_over_processes([float(error is not None)], device)) > 0:
+        if processes() > 1 and max(mean_over_processes([float(error is not None)], device)) > 0:
             raise error or FarcliError("leap: the verification failed in another process.")
         *losses, self._unit = mean_over_processes([*losses, self._validation.cost], device)
         return losses
@@ -822,6 +630,7 @@ class Leaper:
             "scale": self._scale,
             "lost": self._lost,
             "off": self._off,
+            "trusted": self._trusted,
             "losses": list(self._losses),
             "measured_at": self._measured_at,
             "paces": list(self._paces),
@@ -866,6 +675,7 @@ class Leaper:
             )
         self.step, self.verification, self._draw = state["step"], state["verification"], state["draw"]
         self._scale, self._lost, self._off = state["scale"], state["lost"], state["off"]
+        self._trusted = state["trusted"]
         self._losses, self._paces, self._slopes = list(state["losses"]), list(state["paces"]), list(state["slopes"])
         self._proposing = state["proposing"]
         self._proposal_costs = dict(state.get("proposal_costs", {}))

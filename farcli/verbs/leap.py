@@ -14,7 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from farcli.errors import StoppedError, StoreError, UsageError
 from farcli.metrics import LossCurve
 from farcli.provenance import provenance
-from farcli.speculation.leaper import Arm, Leaper, Leaping, Validation, arms_of
+from farcli.speculation.arms import Arm, arms_of
+from farcli.speculation.leaper import Leaper
+from farcli.speculation.options import Leaping, last_leap
+from farcli.speculation.validation import Validation
 from farcli.store import Trajectory
 from farcli.store.disk import Sync
 from farcli.training import TrainingRun, describe_workload, run_seed, threads, workload_from
@@ -128,18 +131,17 @@ def leap(
     steps = steps or task.default_steps
     every = every or task.default_every
     how = leaping or Leaping()
-    if how.until is None:  # a leap on the last steps would have nothing behind it that shows what it was worth
-        how = replace(how, until=steps - (how.window if how.gate == "delayed" else how.every))
-    arms = list(arms_of(predictors, strengths, settings or {}))
+    how = replace(how, until=last_leap(how, steps))
+    arms_R = [arms_of(predictors, strengths, settings or {}) for _ in range(runs)]
+    sibling = None if warm_start is None else last_weights(warm_start)
     asked = {
         "predictors": list(predictors),
         "strengths": list(strengths),
         "settings": dict(settings or {}),
         "leaping": asdict(how),
         "batches": batches,
-        "warm_start": None if warm_start is None else sibling_of(warm_start),
+        "warm_start": None if sibling is None else described(sibling),
     }
-    first = None if warm_start is None else last_weights(warm_start)
     if how.gate != "none":
         task.verification(run_seed(seed, 0), 0, batches)  # refuses where there is none, before anything is trained
     schedule = sorted({*range(0, steps + 1, every), steps})
@@ -154,8 +156,18 @@ def leap(
         "provenance": provenance(threads=task.threads or torch.get_num_threads()),
     }
     journal = Journal(output, header, schedule, runs, replace=overwrite, resume=resume, sync=sync)
+
+    def labelled(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        path, chance = None if output is None else str(output), task.chance()["loss"]
+        whose = {"path": path, "workload": workload}
+        what = {"steps": steps, "predictor": ",".join(predictors), "gate": how.gate}
+        return [
+            {**whose, "run": run, "seed": own, **what, **row, "chance": chance}
+            for run, (own, row) in enumerate(zip(seeds, rows, strict=True))
+        ]
+
     if journal.finished is not None:
-        return _rows(journal.finished, output, workload, seeds, predictors, how, steps, task)
+        return labelled(journal.finished)
     done_steps = steps * (2 if control else 1)
     rows = []
     with journal:
@@ -173,11 +185,11 @@ def leap(
                     own,
                     run,
                     schedule,
-                    arms=arms if run == 0 else list(arms_of(predictors, strengths, settings or {})),
+                    arms=arms_R[run],
                     leaping=how,
                     batches=batches,
                     control=control,
-                    first=first,
+                    sibling=sibling,
                     journal=journal,
                     stopped=stopped,
                     report=reported,
@@ -185,34 +197,7 @@ def leap(
                 )
             )
         journal.finish()
-    return _rows(rows, output, workload, seeds, predictors, how, steps, task)
-
-
-def _rows(
-    rows: Sequence[Mapping[str, Any]],
-    output: Path | None,
-    workload: str,
-    seeds: Sequence[int],
-    predictors: Sequence[str],
-    leaping: Leaping,
-    steps: int,
-    task: Workload,
-) -> list[dict[str, Any]]:
-    chance = task.chance()["loss"]
-    return [
-        {
-            "path": None if output is None else str(output),
-            "workload": workload,
-            "run": run,
-            "seed": seeds[run],
-            "steps": steps,
-            "predictor": ",".join(predictors),
-            "gate": leaping.gate,
-            **row,
-            "chance": chance,
-        }
-        for run, row in enumerate(rows)
-    ]
+    return labelled(rows)
 
 
 def _train(
@@ -225,7 +210,7 @@ def _train(
     leaping: Leaping,
     batches: int,
     control: bool,
-    first: Trajectory | None,
+    sibling: Trajectory | None,
     journal: Journal,
     stopped: Callable[[], bool],
     report: Callable[[int, str], None],
@@ -240,8 +225,8 @@ def _train(
         beside = _control(task, seed, schedule, leaping, stopped, report)
     before = steps if control else 0
     training = TrainingRun(task, [seed])
-    if first is not None:
-        start_from(training, first)
+    if sibling is not None:
+        start_from(training, sibling)
     fresh = task.batches([seed], steps)  # beyond those that training takes
     leaper = Leaper(
         training.model,
@@ -281,8 +266,8 @@ def _train(
         "loss": curve[-1][1],
         "average_loss": curve[-1][2],
     }
-    if first is not None:
-        row["sibling_steps"] = first.steps[-1]
+    if sibling is not None:
+        row["sibling_steps"] = sibling.steps[-1]
     if beside:
         equivalent, bound = _average_curve(beside).steps_to(curve[-1][2])
         row |= {
@@ -312,12 +297,11 @@ def last_weights(path: str) -> Trajectory:
     return sibling
 
 
-def sibling_of(path: str) -> dict[str, Any]:
+def described(sibling: Trajectory) -> dict[str, Any]:
     """What a store says of the run it was started from."""
-    sibling = last_weights(path)
     made = sibling.header.get("provenance")
     return {
-        "path": path,
+        "path": str(sibling.path),
         "id": made.get("id") if isinstance(made, Mapping) else None,
         "workload": sibling.header.get("workload"),
         "seeds": sibling.header.get("seeds"),

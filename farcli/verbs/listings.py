@@ -8,7 +8,7 @@ from farcli.forecasters.base import FittedForecaster, Forecaster
 from farcli.forecasters.table import FORECASTERS
 from farcli.registry import resolve
 from farcli.speculation.base import Predictor
-from farcli.speculation.leaper import Leaping
+from farcli.speculation.options import Leaping
 from farcli.speculation.table import PREDICTORS
 from farcli.workloads.base import Workload
 from farcli.workloads.table import WORKLOADS

@@ -10,7 +10,7 @@ import pytest
 import zarr
 
 from farcli.errors import StoppedError, UsageError
-from farcli.speculation.leaper import Leaping
+from farcli.speculation.options import Leaping
 from farcli.store import Trajectory
 from farcli.training import TrainingRun, run_seed, workload_from
 from farcli.verbs.leap import leap, step_operations

@@ -11,7 +11,7 @@ import pytest
 from farcli.errors import UsageError
 from farcli.integrations.script import leap_section, read_ledger
 from farcli.speculation.arrays import read_part, read_rows
-from farcli.speculation.leaper import Leaping
+from farcli.speculation.options import Leaping
 from tests.conftest import PROGRAM
 from tests.recording.conftest import Ran, environment, same
 

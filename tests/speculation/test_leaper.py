@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from farcli.errors import NonFiniteError, UsageError
+from farcli.speculation.arms import Arm, build_predictor
 from farcli.speculation.bandit import Bandit
 from farcli.speculation.base import Observed, Predictor, Proposal
 from farcli.speculation.gates import delayed, immediate
-from farcli.speculation.leaper import Arm, Leaper, Validation, build_predictor
+from farcli.speculation.leaper import Leaper
+from farcli.speculation.validation import Validation
 
 SOLUTION = torch.tensor([[1.0, -2.0, 3.0]])
 
@@ -120,9 +122,8 @@ def test_windows_that_lose_are_gone_back_on_bit_for_bit_and_leaping_ends() -> No
             state = next(iter(optimizer.state.values()))
             ended.append((next(model.parameters()).detach().clone(), state["momentum_buffer"].clone()))
 
-    leaper = Leaper(
-        model, optimizer, along(-40.0), every=5, window=10, budget=1.0, watch=0, validate=Distance(), told=told
-    )
+    options = {"every": 5, "window": 10, "budget": 1.0, "watch": 0, "look": False}
+    leaper = Leaper(model, optimizer, along(-40.0), validate=Distance(), told=told, **options)
     original = leaper._open
 
     def opened(arm: int) -> Any:
@@ -143,6 +144,49 @@ def test_windows_that_lose_are_gone_back_on_bit_for_bit_and_leaping_ends() -> No
     assert strengths[0] == 1.0
     assert strengths[-1] == 0.5
     assert max(entry.step for entry in leaper.entries) < 50
+
+
+def test_a_harmful_leap_is_refused_at_its_first_look_and_costs_no_step() -> None:
+    model, optimizer = training()
+    plain, plain_optimizer = training()
+    with Leaper(model, optimizer, along(-2.0), every=5, window=10, budget=0.05, validate=Distance()) as leaper:
+        steps(model, optimizer, 100)
+    steps(plain, plain_optimizer, 100)
+    assert torch.equal(next(model.parameters()), next(plain.parameters()))
+    assert {entry.verdict for entry in leaper.entries} == {"rejected"}
+    assert len(leaper.entries) > 2  # it may try again, within its budget
+    assert leaper.account.lost == 0
+    assert leaper.account.cost <= 1.05 * 100 + leaper.account.proposing
+
+
+class Told(Validation):
+    """Losses as told, one measurement each; notes the step."""
+
+    cost = 0.1
+
+    def __init__(self, losses: list[float]) -> None:
+        self.left = losses
+
+    def losses(self, model: nn.Module, draw: int) -> list[float]:
+        """The next."""
+        return [self.left.pop(0)]
+
+
+def test_first_looks_end_with_a_kept_window_and_begin_again_with_a_lost_one() -> None:
+    """Measurements: look before, after; verdict after, before; a verdict that loses; a look again, refused."""
+    model, optimizer = training()
+    validation = Told([1.0, 0.9, 0.8, 1.0, 2.0, 1.0, 1.0, 1.1])
+    options = {"every": 10, "window": 20, "budget": 1.0, "watch": 0, "until": 60}
+    with Leaper(model, optimizer, along(0.1), validate=validation, **options) as leaper:
+        steps(model, optimizer, 60)
+    assert not validation.left
+    assert [(entry.step, entry.verdict, entry.reason.startswith("first look")) for entry in leaper.entries] == [
+        (10, "accepted", False),
+        (20, "accepted", False),
+        (30, "rolled back", False),
+        (40, "rolled back", False),
+        (60, "rejected", True),  # after a roll-back the past begins anew
+    ]
 
 
 @pytest.mark.parametrize("gate", ["strict", "adaptive", "proximity", "delayed"])

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from farcli.errors import NonFiniteError, UsageError
+from farcli.speculation.arms import Arm, arms_of
 from farcli.speculation.gates import heard
-from farcli.speculation.leaper import Arm, Leaper, Validation, arms_of
+from farcli.speculation.leaper import Leaper
 from farcli.speculation.trained import Saved
+from farcli.speculation.validation import Validation
 
 
 class Held(Validation):
@@ -207,9 +209,9 @@ def test_a_window_that_is_lost_goes_back_bit_for_bit(which, name):
     assert state(model, optimizer) == state(twin, beside)
 
 
-@pytest.mark.parametrize("gate", ["strict", "delayed"])
+@pytest.mark.parametrize(("gate", "look"), [("strict", False), ("delayed", False), ("delayed", True)])
 @pytest.mark.parametrize("failure", ["raise", "nan"])
-def test_a_failing_validation_leaves_the_weights_before_the_leap(gate, failure):
+def test_a_failing_validation_leaves_the_weights_before_the_leap(gate, look, failure):
     calls: list[list[bytes]] = []
     model = network(nn.BatchNorm1d(8), nn.ReLU())
     optimizer = OPTIMIZERS["adam"](model.parameters())
@@ -227,7 +229,7 @@ def test_a_failing_validation_leaves_the_weights_before_the_leap(gate, failure):
     beside = OPTIMIZERS["adam"](twin.parameters())
     train(twin, beside, None, range(10))
     expected = state(twin, beside)
-    leaper = Leaper(model, optimizer, nowhere(1.0), validate=held, gate=gate, **options)
+    leaper = Leaper(model, optimizer, nowhere(1.0), validate=held, gate=gate, look=look, **options)
     with (
         pytest.raises(NonFiniteError if failure == "nan" else UsageError, match=r"NaN|RuntimeError: out of coffee"),
         leaper,
@@ -235,7 +237,7 @@ def test_a_failing_validation_leaves_the_weights_before_the_leap(gate, failure):
         train(model, optimizer, leaper, range(30))
     assert state(model, optimizer) == expected
     assert model.training
-    assert [entry.verdict for entry in leaper.entries] == ["rejected" if gate == "strict" else "rolled back"]
+    assert [entry.verdict for entry in leaper.entries] == ["rolled back" if gate == "delayed" and not look else "rejected"]
 
 
 def test_a_model_that_changes_shape_cannot_go_back_and_is_left_alone():

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from farcli.errors import UsageError
 from farcli.layout import Layout, layout_of
+from farcli.speculation.arms import build_predictor
 from farcli.speculation.base import Moments, Observed
-from farcli.speculation.leaper import build_predictor
 from farcli.speculation.predictors.spectral import orthogonal
 from farcli.speculation.table import PREDICTORS
 
