@@ -6,6 +6,7 @@ Shape suffixes: C points of the history (oldest first), D trained coordinates.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -69,6 +70,10 @@ class Observed:
         """What training did since the last point but one, [D]; a new tensor."""
         return self.weights_CD[-1] - self.weights_CD[-2]
 
+    def displacements(self, count: int) -> list[Tensor]:
+        """The last so many, oldest first, [D] each."""
+        return [after - before for before, after in pairwise(self.weights_CD[-count - 1 :])]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Proposal:
@@ -92,13 +97,8 @@ class Predictor(ABC):
     reference: ClassVar[str]
     """One line: where the method comes from."""
 
-    @abstractmethod
-    def __init__(self, config: Any) -> None: ...
-
-    @property
-    @abstractmethod
-    def config(self) -> Any:
-        """The options, an instance of `Config`."""
+    def __init__(self, config: Any) -> None:
+        self._config = config
 
     @property
     @abstractmethod

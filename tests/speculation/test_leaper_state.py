@@ -237,7 +237,8 @@ def test_a_failing_validation_leaves_the_weights_before_the_leap(gate, look, fai
         train(model, optimizer, leaper, range(30))
     assert state(model, optimizer) == expected
     assert model.training
-    assert [entry.verdict for entry in leaper.entries] == ["rolled back" if gate == "delayed" and not look else "rejected"]
+    verdict = "rolled back" if gate == "delayed" and not look else "rejected"
+    assert [entry.verdict for entry in leaper.entries] == [verdict]
 
 
 def test_a_model_that_changes_shape_cannot_go_back_and_is_left_alone():

@@ -1,7 +1,6 @@
 """Anderson mixing of the last points."""
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import final
 
 import torch
@@ -35,13 +34,7 @@ class Anderson(Predictor):
             if not self.ridge > 0:
                 raise ValueError(f"ridge = {self.ridge}, expected more than 0.")
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
+    _config: Config
 
     @property
     def context(self) -> int:
@@ -50,9 +43,8 @@ class Anderson(Predictor):
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """Σ c_i w_{i+1} − w_k."""
-        points = seen.weights_CD[-self._config.points :]
-        residuals = [after - before for before, after in pairwise(points)]
-        count = len(residuals)
+        count = self._config.points - 1
+        residuals = seen.displacements(count)
         gram = torch.tensor([[float(a @ b) for b in residuals] for a in residuals], dtype=torch.float64)
         ridge = self._config.ridge * max(float(torch.linalg.matrix_norm(gram, 2)), 1e-300)
         solved = torch.linalg.solve(
@@ -60,6 +52,6 @@ class Anderson(Predictor):
         )
         shares = (solved / solved.sum()).tolist()
         move_D = torch.zeros_like(seen.now)
-        for share, point in zip(shares, points[1:], strict=True):
+        for share, point in zip(shares, seen.weights_CD[-count:], strict=True):
             move_D.add_(point - seen.now, alpha=share)
         return Proposal(move_D=move_D.mul_(strength), average=False)

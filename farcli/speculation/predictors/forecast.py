@@ -1,7 +1,7 @@
 """Any forecaster that needs no fitting, as a predictor."""
 
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import torch
 
@@ -40,17 +40,12 @@ class Forecast(Predictor):
             )
         self._name = name
         self._forecaster = forecaster
-        self._config = config or self.Config()
-
-    @property
-    def config(self) -> Any:
-        """The forecaster's options."""
-        return self._forecaster.config
+        self._points = (config or self.Config()).points
 
     @property
     def context(self) -> int:
         """As many points as asked for, or as the forecaster needs."""
-        return max(self._config.points, self._forecaster.min_context)
+        return max(self._points, self._forecaster.min_context)
 
     def operations(self, layout: Layout, tables: frozenset[str]) -> float | None:
         """Nothing, but for networks."""

@@ -33,13 +33,7 @@ class Lfd2Online(Predictor):
             if self.points < 3:
                 raise ValueError(f"points = {self.points}, expected 3 or more.")
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
+    _config: Config
 
     @property
     def context(self) -> int:
@@ -48,8 +42,7 @@ class Lfd2Online(Predictor):
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """Σ_j a^j d for each tensor."""
-        points = seen.weights_CD[-self._config.points :]
-        done = [after - before for before, after in pairwise(points)]
+        done = seen.displacements(self._config.points - 1)
         intervals = ahead / (seen.steps_C[-1] - seen.steps_C[-2])
         move_D = torch.empty_like(seen.now)
         for slot in seen.layout.floats:

@@ -22,13 +22,7 @@ class Lookahead(Predictor):
 
         alpha: float = field(default=0.5, metadata={"help": "what is kept of the displacement"})
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
+    _config: Config
 
     @property
     def context(self) -> int:

@@ -1,7 +1,6 @@
 """Coefficients fitted on loss, in the span of recent displacements."""
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import final
 
 import torch
@@ -34,13 +33,7 @@ class LossSpan(Predictor):
             if self.points < 1 or self.tries < 1:
                 raise ValueError(f"points = {self.points}, tries = {self.tries}, expected 1 or more.")
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
+    _config: Config
 
     @property
     def context(self) -> int:
@@ -49,9 +42,7 @@ class LossSpan(Predictor):
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """Σ c_i d_i."""
-        points = seen.weights_CD[-self.context :]
-        span = [after - before for before, after in pairwise(points)]
-        span.append(seen.average_D - seen.now)
+        span = [*seen.displacements(self._config.points), seen.average_D - seen.now]
         span = [each / length for each in span if (length := float(each.norm())) > 0]
         move_D = torch.zeros_like(seen.now)
         if not span:

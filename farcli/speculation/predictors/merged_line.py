@@ -35,15 +35,12 @@ class MergedLine(Predictor):
             if self.points < 3:
                 raise ValueError(f"points = {self.points}, expected 3 or more.")
 
+    _config: Config
+
     def __init__(self, config: Config) -> None:
-        self._config = config
+        super().__init__(config)
         self._averages: list[Tensor] = []
         self._stayed: list[Tensor] = []
-
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
 
     @property
     def context(self) -> int:

@@ -22,13 +22,7 @@ class MomentsAlong(Predictor):
 
         corrected: bool = field(default=True, metadata={"help": "correct the moments' bias, as Adam does"})
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
+    _config: Config
 
     @property
     def context(self) -> int:

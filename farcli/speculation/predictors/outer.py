@@ -7,6 +7,7 @@ from typing import final
 from torch import Tensor
 
 from farcli.speculation.base import Observed, Predictor, Proposal
+from farcli.speculation.predictors.slow_momentum import SlowMomentum
 
 
 @final
@@ -35,14 +36,11 @@ class Outer(Predictor):
             if not 0 < self.rate <= 2:
                 raise ValueError(f"rate = {self.rate}, expected more than 0 and at most 2.")
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._momentum_D: Tensor | None = None
+    _config: Config
 
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._momentum = SlowMomentum(config.momentum)
 
     @property
     def context(self) -> int:
@@ -51,19 +49,14 @@ class Outer(Predictor):
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """η(d + μb) − d."""
-        mu, eta = self._config.momentum, self._config.rate
         done_D = seen.displacement()
-        if self._momentum_D is None:
-            self._momentum_D = done_D.clone()
-        else:
-            self._momentum_D.mul_(mu).add_(done_D)
-        move_D = self._momentum_D.mul(eta * mu).add_(done_D, alpha=eta - 1)
+        move_D = self._momentum.ahead(done_D).mul_(self._config.rate).sub_(done_D)
         return Proposal(move_D=move_D.mul_(strength))
 
     def state(self) -> Mapping[str, Tensor]:
         """The momentum b."""
-        return {} if self._momentum_D is None else {"momentum": self._momentum_D}
+        return self._momentum.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take b back."""
-        self._momentum_D = state["momentum"].clone() if "momentum" in state else None
+        self._momentum.restore(state)

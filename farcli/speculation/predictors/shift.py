@@ -27,15 +27,12 @@ class Shift(Predictor):
 
         share: float = field(default=0.5, metadata={"help": "of the average's displacement"})
 
+    _config: Config
+
     def __init__(self, config: Config) -> None:
-        self._config = config
+        super().__init__(config)
         self._before_D: Tensor | None = None
         self._stayed_D: Tensor | None = None
-
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
 
     @property
     def context(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from farcli.layout import Layout, Slot
 from farcli.speculation.base import Observed, Predictor, Proposal
+from farcli.speculation.predictors.slow_momentum import SlowMomentum
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ROUNDS = 5
@@ -42,14 +43,11 @@ class Spectral(Predictor):
             if not 0 <= self.momentum < 1:
                 raise ValueError(f"momentum = {self.momentum}, expected 0 or more and less than 1.")
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-        self._momentum_D: Tensor | None = None
+    _config: Config
 
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self._momentum = SlowMomentum(config.momentum)
 
     @property
     def context(self) -> int:
@@ -58,13 +56,8 @@ class Spectral(Predictor):
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """κ(s·U − d) for each matrix."""
-        mu, kappa = self._config.momentum, self._config.share
-        done_D = seen.displacement()
-        if self._momentum_D is None:
-            self._momentum_D = done_D.clone()
-        else:
-            self._momentum_D.mul_(mu).add_(done_D)
-        ahead_D = self._momentum_D.mul(mu).add_(done_D)
+        kappa, done_D = self._config.share, seen.displacement()
+        ahead_D = self._momentum.ahead(done_D)
         move_D = torch.zeros_like(done_D)
         for slot in seen.layout.floats:
             if not _is_map(slot, seen.tables):
@@ -89,11 +82,11 @@ class Spectral(Predictor):
 
     def state(self) -> Mapping[str, Tensor]:
         """The momentum b."""
-        return {} if self._momentum_D is None else {"momentum": self._momentum_D}
+        return self._momentum.state()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take b back."""
-        self._momentum_D = state["momentum"].clone() if "momentum" in state else None
+        self._momentum.restore(state)
 
 
 def _is_map(slot: Slot, tables: frozenset[str]) -> bool:

@@ -19,13 +19,7 @@ class ToAverage(Predictor):
     class Config:
         """No options."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
-
-    @property
-    def config(self) -> Config:
-        """The options."""
-        return self._config
+    _config: Config
 
     @property
     def context(self) -> int:
