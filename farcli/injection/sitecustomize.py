@@ -60,13 +60,13 @@ def _attempt(call, *words):
 def _optimizers(module):
     from farcli.recording import injected
 
-    injected.install(module, _companion)
+    injected.install(module, _companions)
 
 
-def _companion(*words):
+def _companions():
     from farcli.integrations.script import Leap  # not before torch is all there
 
-    return Leap(*words)
+    return Leap
 
 
 def _distributed(module):

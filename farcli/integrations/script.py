@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from farcli.errors import FarcliError, UsageError
+from farcli.files import staged_file
 from farcli.recording.messages import say, stopped
 from farcli.recording.names import skipped, unwrapped
 from farcli.recording.plan import Plan
@@ -37,6 +39,10 @@ from farcli.speculation.trained import Saved
 
 ROWS = "ledger.ndjson"
 """File inside a store: a line for every proposal as its verdict falls."""
+KEPT = "leaper"
+"""Folder inside a store: what leaping goes on from, at the steps where the script took its optimiser's state."""
+_KEEP = 2
+"""Files there: the newest, for the checkpoint that was being written may be lost."""
 
 
 def leap_section(
@@ -101,6 +107,7 @@ class Leap:
         self._error: Exception | None = None
         self._late = False
         self._unwritable = False
+        self._hooks: list[Any] = []
         self._speaks = process_rank() == 0
         with self._care():
             if recording.sharded:
@@ -163,6 +170,8 @@ class Leap:
         The weights stay as the script has left them, for it has saved them by now.
         """
         self._losses.close()
+        for hook in self._hooks:
+            hook.remove()
         leaper, self._leaper = self._leaper, None
         if leaper is None:
             return
@@ -198,6 +207,50 @@ class Leap:
             told=self._told,
             step=self._recording.step,
         )
+        if self._plan.resume and self._leaper.step:
+            self._go_on(self._leaper, root)
+        self._hooks = [each.register_state_dict_post_hook(_keeping(self)) for each in self._recording.optimizers]
+
+    def keep(self) -> None:
+        """The script takes its optimiser's state, so as to go on from here some day: leaping is to go on as well.
+
+        Not in its own file, which stays what it is, but in the store.
+        """
+        leaper, home = self._leaper, self._recording.home
+        if leaper is None or home is None or self._over:
+            return
+        root = None if self._root is None else self._root()
+        assert root is not None
+        file = home / KEPT / f"{leaper.step}-{_digest(root)}.pt"
+        try:
+            with staged_file(file, replace=True) as temporary:
+                torch.save(leaper.state_dict(), temporary)
+            for old in sorted(file.parent.glob("*.pt"), key=_step_of)[:-_KEEP]:
+                old.unlink()
+        except (FarcliError, OSError, RuntimeError) as error:
+            self._complain(f"{file}: cannot be written, so that leaping cannot be resumed from here ({error}).")
+
+    @staticmethod
+    def steps_taken(plan: Plan, path: Path, roots: Sequence[nn.Module]) -> int | None:
+        """Of a training that was leapt with: a roll-back sets an optimiser's count back, and not the training's."""
+        file = _kept(path, unwrapped(roots[0])) if plan.resume and len(roots) == 1 else None
+        return None if file is None else _step_of(file)
+
+    def _go_on(self, leaper: Leaper, root: nn.Module) -> None:
+        """Be what was kept when the script took the state that it has now come back with."""
+        file = _kept(self._recording.path, root)
+        if file is None or _step_of(file) != leaper.step:
+            if self._speaks:
+                say(
+                    f"{self._recording.path / KEPT}: holds no state of leaping with these weights; the training goes "
+                    f"on from step {leaper.step}, and leaping begins anew."
+                )
+            return
+        leaper.load_state_dict(torch.load(file, map_location=leaper.device, weights_only=True))
+        home = self._recording.home
+        if home is not None:
+            settled = [entry for entry in leaper.entries if entry.verdict != "pending"]
+            (home / ROWS).write_text("".join(_line(entry) for entry in settled), encoding="utf-8")
 
     def _takes_turns(self, optimizer: Any) -> bool:
         """Whether a step of several optimisers is complete: who takes part is known when the first begins again."""
@@ -248,15 +301,16 @@ class Leap:
             entry.reason = f"the training ended before the verdict, which is to go back: {entry.reason}"
         if home is None:
             return
-        row = {"kind": "leap", "run": 0, **entry.row()}
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
         try:
             with open(home / ROWS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.write(_line(entry))
         except OSError as error:  # a verdict stands, whether or not it can be written down
-            if not self._unwritable:
-                self._unwritable = True
-                say(f"{home / ROWS}: cannot be written ({error.strerror}).")
+            self._complain(f"{home / ROWS}: cannot be written ({error.strerror}).")
+
+    def _complain(self, text: str) -> None:
+        if not self._unwritable:
+            self._unwritable = True
+            say(text)
 
     def _drop_rows(self, step: int) -> None:
         """Of a resumed recording, the rows of steps that are taken again."""
@@ -278,6 +332,44 @@ class Leap:
             yield
         except Exception as error:
             self.stop(error)
+
+
+def _line(entry: Entry) -> str:
+    row = {"kind": "leap", "run": 0, **entry.row()}
+    finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+    return json.dumps(finite) + "\n"
+
+
+def _kept(store: Path, model: nn.Module) -> Path | None:
+    """What was kept when a network had the weights that it has now; in several processes, by all of them or none."""
+    found = max((store / KEPT).glob(f"*-{_digest(model)}.pt"), key=_step_of, default=None)
+    if process_count() > 1 and any_says_so(found is None):
+        return None
+    return found
+
+
+def _step_of(file: Path) -> int:
+    return int(file.stem.partition("-")[0])
+
+
+def _digest(model: nn.Module) -> str:
+    """Of its parameters."""
+    digest = sha256()
+    for tensor in model.parameters():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _keeping(leap: Leap) -> Callable[[Any, Any], None]:
+    """A hook of `optimizer.state_dict` that keeps nothing alive."""
+    reference = weakref.ref(leap)
+
+    def hook(_optimizer: Any, _state: Any) -> None:
+        leap = reference()
+        if leap is not None:
+            leap.keep()
+
+    return hook
 
 
 def read_ledger(store: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,8 @@ from farcli.recording.messages import say, stopped
 from farcli.recording.plan import VARIABLE, Plan
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from farcli.recording.recorder import Recording
 
 _EXIT_SECONDS = 20.0
@@ -43,15 +46,27 @@ class Companion(Protocol):
         ...
 
 
-def install(module: Any, accompany: Callable[..., Companion]) -> None:
+class Companions(Protocol):
+    """Makes them."""
+
+    def __call__(self, plan: Plan, recording: "Recording", roots: Sequence["nn.Module"]) -> Companion:
+        """A companion of a recording of the training of some networks."""
+        ...
+
+    def steps_taken(self, plan: Plan, path: Path, roots: Sequence["nn.Module"]) -> int | None:
+        """Steps a resumed training has behind it, where a companion knows: the optimiser's count may be set back."""
+        ...
+
+
+def install(module: Any, companions: Callable[[], Companions]) -> None:
     """Hook into `torch.optim.optimizer`, which has just been imported.
 
     Args:
         module: it.
-        accompany: makes a companion of (plan, recording, networks), where the plan asks for one.
+        companions: gives what makes a companion, where the plan asks for one.
     """
     session = _the_session()
-    session.accompany = accompany
+    session.companions = companions
     from torch._compile import _disable_dynamo
 
     # Kept out of graphs: `torch.compile` may be put round `optimizer.step`. (The wrapper is cached in an attribute
@@ -101,14 +116,14 @@ class Session:
     Attributes:
         is_root: whether this process is the command itself.
         torch_is_here: whether torch's optimisers were imported.
-        accompany: makes a companion of a recording.
+        companions: gives what makes a companion of a recording.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.is_root = False
         self.torch_is_here = False
-        self.accompany: Callable[..., Companion] | None = None
+        self.companions: Callable[[], Companions] | None = None
         self._recording: Recording | None = None
         self._companion: Companion | None = None
         self._past: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -197,9 +212,13 @@ class Session:
             self._off = True
             return None
         together = bool(self.plan.leap) and not sharded and process_count() > 1
+        companions = self.companions() if self.plan.leap and self.companions is not None else None
+        plan = self.plan
         try:
+            if companions is not None and plan.start_step is None and not sharded:
+                plan = replace(plan, start_step=companions.steps_taken(plan, path, roots))
             recording = Recording(
-                self.plan,
+                plan,
                 places,
                 optimizers,
                 path,
@@ -223,8 +242,8 @@ class Session:
                 # A network that nobody holds any more is let go of at once, as without us.
                 weakref.finalize(names.unwrapped(root), self._gone, weakref.ref(recording)).atexit = False
         self._handle_signals()
-        if self.plan.leap and self.accompany is not None:
-            self._companion = self.accompany(self.plan, recording, roots)
+        if companions is not None:
+            self._companion = companions(plan, recording, roots)
         return recording
 
     # ----------------------------------------------------------------- errors

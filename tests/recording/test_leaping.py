@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from farcli.errors import UsageError
 from farcli.integrations.script import leap_section, read_ledger
@@ -288,3 +289,60 @@ def test_sharded_weights_are_recorded_and_not_leapt_with(bench):
     assert sum("FSDP" in line for line in ran.said) == 1
     assert ran.store("leap.zarr").steps == [0, 3, 6, 7]
     assert same(ran.state(name="leap.zarr"), ran.saved())
+
+
+CHECKPOINTED = """
+    import os
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    order = torch.Generator().manual_seed(5)
+    taken = 0
+    if "--resume" in sys.argv:
+        saved = torch.load("checkpoint.pt")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        order.set_state(saved["order"])
+        taken = saved["step"]
+    for step in range(taken + 1, 41):
+        rows = torch.randint(0, 64, (16,), generator=order)
+        loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step == 23 and "--resume" not in sys.argv:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "order": order.get_state()}
+            torch.save(state | {"step": step}, "checkpoint.pt")
+        if step == 31 and "--break" in sys.argv:
+            os._exit(9)
+    torch.save(model.state_dict(), "final.pt")
+"""
+
+
+def test_a_script_that_resumes_goes_on_leaping_bit_for_bit_within_a_window(bench):
+    bench.write(CHECKPOINTED)
+    (bench.folder / "checks.py").write_text(CHECKS)
+    words = ("--predictors", "outer", "--every", 3, "--window", 12, "--snapshots", 10, "--leap", "compute=100")
+    words = (*words, "--leap", "look=false", "--verify-budget", "100%", "--validate", "checks:held_out", "--steps", 40)
+    whole = leap(bench, *words, output="whole.zarr")
+    assert whole.code == 0, whole.err
+    expected = whole.saved()
+    (kept,) = (bench.folder / "whole.zarr" / "leaper").iterdir()
+    assert kept.name.startswith("23-")
+    assert torch.load(kept)["window"] is not None
+    broken = leap(bench, *words, command=[*bench.python(), "--break"])
+    assert broken.code == 9
+    resumed = leap(bench, *words, "--resume", command=[*bench.python(), "--resume"])
+    assert resumed.code == 0, resumed.err
+    assert not any("anew" in line for line in resumed.said)
+    assert same(resumed.saved(), expected)
+
+    def verdicts(name):
+        return [(row["step"], row["verdict"], row["loss_after"]) for row in read_ledger(bench.folder / name)]
+
+    assert verdicts("leap.zarr") == verdicts("whole.zarr")
+    assert {verdict for _, verdict, _ in verdicts("whole.zarr")} <= {"accepted", "rolled back"}
+    leap(bench, *words, command=[*bench.python(), "--break"], output="other.zarr")
+    (bench.folder / "other.zarr" / "leaper" / kept.name).unlink()
+    anew = leap(bench, *words, "--resume", command=[*bench.python(), "--resume"], output="other.zarr")
+    assert anew.code == 0, anew.err
+    assert sum("no state of leaping" in line and "begins anew" in line for line in anew.said) == 1
