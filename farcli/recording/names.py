@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from farcli.errors import UsageError
+from farcli.errors import FarcliError, UsageError
 
 _WRAPPED = {
     "DistributedDataParallel": ("module",),
@@ -50,11 +50,16 @@ class Place:
     fixed: Tensor | None = None
 
     def tensor(self) -> Tensor:
-        """The tensor as it is now."""
+        """The tensor as it is now.
+
+        Raises:
+            FarcliError: it has been taken out of its module.
+        """
         if self.fixed is not None:
             return self.fixed
-        found = self.holder[self.key]
-        assert found is not None
+        found = self.holder.get(self.key)
+        if found is None:
+            raise FarcliError(f"tensor {self.name!r} is in the network no more.")
         return found
 
 

@@ -10,7 +10,7 @@ from crc32c import crc32c
 from safetensors import SafetensorError
 from torch import Tensor
 
-from farcli.errors import StoreError, UsageError
+from farcli.errors import FarcliError, StoreError, UsageError
 from farcli.layout import Layout, Role, layout_of
 from farcli.recording.names import Place, is_sharded, tensors_of
 from farcli.recording.plan import Plan
@@ -104,6 +104,9 @@ class Picture:
 
         Returns:
             None when the vectors are complete, or an event to wait for (CUDA): until then they must not be read.
+
+        Raises:
+            FarcliError: a tensor has another shape or number format than when the recording began, or is gone.
         """
         with torch.no_grad():
             if self._device is None:
@@ -118,10 +121,14 @@ class Picture:
             return self._stage.send(floats, integers)
 
     def gather(self) -> None:
-        """Take part in reading sharded tensors without keeping them: every process must."""
+        """Take part in reading sharded tensors without keeping them: every process must.
+
+        Raises:
+            FarcliError: see `copy`.
+        """
         with torch.no_grad():
-            for slot in self.layout.slots:
-                _whole(self._places[slot.name].tensor())
+            for tensor in self._tensors():
+                _whole(tensor)
 
     def release(self) -> None:
         """Let go of the network; nothing can be copied afterwards."""
@@ -133,11 +140,25 @@ class Picture:
     def _width(self) -> int:
         return self.region.stop - self.region.start
 
+    def _tensors(self) -> list[Tensor]:
+        """The tensors of the layout as they are now.
+
+        All are looked at before one is read: what is wrong with them is so in every process, and one that stopped
+        half-way would be waited for.
+        """
+        tensors = [self._places[slot.name].tensor() for slot in self.layout.slots]
+        for slot, tensor in zip(self.layout.slots, tensors, strict=True):
+            if tuple(tensor.shape) != slot.shape or _dtype_name(tensor) != slot.dtype:
+                raise FarcliError(
+                    f"tensor {slot.name!r} is {_dtype_name(tensor)}{list(tensor.shape)} now, "
+                    f"{slot.dtype}{list(slot.shape)} when the recording began."
+                )
+        return tensors
+
     def _targets(self, floats: Tensor, integers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Flat tensors, or what lies in the region of them, and where they go."""
-        for slot in self.layout.slots:
-            # Of sharded tensors, every process must ask for every one.
-            values = _whole(self._places[slot.name].tensor()).reshape(-1)
+        for slot, tensor in zip(self.layout.slots, self._tensors(), strict=True):
+            values = _whole(tensor).reshape(-1)  # of sharded tensors, every process must ask for every one
             if slot.role == "integer":
                 yield values, integers[slot.offset : slot.stop]
                 continue
