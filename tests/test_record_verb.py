@@ -444,6 +444,7 @@ def test_an_existing_output_is_kept_unless_replaced(tmp_path: Path):
         ({"at": [-1, 3]}, "ascending"),
         ({"at": [0, 10], "steps": 9}, "between 0 and 9"),
         ({"at": [0]}, "at least 1"),
+        ({"runs": 3, "steps": 4, "every": 2, "max_bytes": 71}, "needs 72 bytes, more than --max-bytes 71"),
         ({"replace": True, "resume": True}, "contradict"),
         ({"options": {"rate": "1"}}, "rate"),
         ({"workload": "mnist"}, "Unknown workload 'mnist'"),

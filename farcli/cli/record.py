@@ -67,7 +67,8 @@ def record(
         str, typer.Option("--dtype", help="keep (exact), float32 (rounds float64) or bfloat16 (8 bits).")
     ] = "keep",
     max_bytes: Annotated[
-        str | None, typer.Option("--max-bytes", help="Stop recording before the store is larger: 4G, 500M.")
+        str | None,
+        typer.Option("--max-bytes", help="Most that the store may take, 4G or 500M: a command's recording ends there."),
     ] = None,
     start_step: Annotated[
         int | None, typer.Option("--start-step", help="Steps a resumed script has taken, if its optimiser forgets.")
@@ -122,7 +123,7 @@ def record(
         "--start-step": start_step is not None,
         "--strict": strict,
     }
-    of_both = {"--params": params, "--dtype": dtype != "keep", "--max-bytes": max_bytes}
+    of_both = {"--params": params, "--dtype": dtype != "keep"}
     of_training = {
         "--every": every,
         "--at": at,
@@ -142,7 +143,7 @@ def record(
         chosen = [int(part) for part in at.split(",")] if at is not None else None
     except ValueError:
         raise UsageError(f"--at {at!r}: expected steps like 0,1,2,5,10.") from None
-    path = Path(expand_output(str(output), seed=seed if seed is not None or not workload else 0))
+    path = Path(expand_output(str(output), seed=0 if workload and seed is None else seed, launches=bool(words)))
     limit = parse_duration(time_limit) if time_limit else None
     most = parse_size(max_bytes) if max_bytes else None
 
@@ -208,6 +209,7 @@ def record(
             seed=0 if seed is None else seed,
             options=parse_assignments(settings or []),
             with_optimizer=with_optimizer,
+            max_bytes=most,
             replace=force,
             resume=resume,
             sync=sync or "commit",

@@ -44,6 +44,7 @@ def record(
     seed: int = 0,
     options: Mapping[str, str] | None = None,
     with_optimizer: bool = False,
+    max_bytes: int | None = None,
     replace: bool = False,
     resume: bool = False,
     sync: Sync = "commit",
@@ -69,6 +70,7 @@ def record(
         seed: of everything random.
         options: `--set` options of the workload.
         with_optimizer: also store Adam's moments, in `optimizer.zarr` within the store; there are none at step 0.
+        max_bytes: refuse to write more.
         replace: an existing store gives way once the new one is finished; what is unfinished of it is then
             not kept when the recording stops.
         resume: go on with an unfinished store of the same command; create it where there is none.
@@ -136,6 +138,11 @@ def record(
     }
     if moments is not None:
         row["bytes"] += runs * sum(step > 0 for step in schedule) * moments.size * np.dtype(dtype).itemsize
+    if max_bytes is not None and row["bytes"] > max_bytes:
+        raise UsageError(
+            f"{output}: needs {row['bytes']} bytes, more than --max-bytes {max_bytes}.",
+            "Take fewer snapshots: a larger --every, or --log-spaced.",
+        )
     if dry_run:
         return row
     header = {

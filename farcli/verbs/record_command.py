@@ -98,8 +98,16 @@ def injected_environment(plan: Plan, environment: Mapping[str, str]) -> dict[str
     }
 
 
-def expand_output(template: str, *, seed: int | None, environment: Mapping[str, str] | None = None) -> str:
+def expand_output(
+    template: str, *, seed: int | None, launches: bool = True, environment: Mapping[str, str] | None = None
+) -> str:
     """Fill in `{job}`, `{task}`, `{seed}`, `{date}` and, under a launcher, `{rank}`.
+
+    Args:
+        template: what was given as `-o`.
+        seed: what `{seed}` stands for.
+        launches: whether a command follows: `{rank}` is then left to the processes that it starts.
+        environment: ours, unless given.
 
     Raises:
         UsageError: the environment does not say what a name stands for, or there is no such name.
@@ -118,10 +126,12 @@ def expand_output(template: str, *, seed: int | None, environment: Mapping[str, 
         if name not in values:
             raise UsageError(f"-o {template}: {{{name}}} stands for nothing; known are {', '.join(values)}.")
         value = values[name]
-        if value is None and name != "rank":
-            source = {"job": "SLURM_JOB_ID", "task": "SLURM_ARRAY_TASK_ID"}.get(name, f"--{name}")
+        if value is None and name == "rank" and launches:
+            return "{rank}"
+        if value is None:
+            source = {"job": "SLURM_JOB_ID", "task": "SLURM_ARRAY_TASK_ID", "rank": "RANK"}.get(name, f"--{name}")
             raise UsageError(f"-o {template}: {{{name}}} needs {source}, which is not set.")
-        return "{rank}" if value is None else value  # the processes that a launcher starts know their rank
+        return value
 
     return re.sub(r"\{(\w*)\}", fill, template)
 
