@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,6 +115,26 @@ class Bench:
             words, cwd=self.folder, env=environment(**(env or {})), capture_output=True, text=True, check=False
         )
         return Ran(self.folder, done.returncode, done.stdout, done.stderr)
+
+    def compared(self, *options: object, command=None, heard: Callable[[str], list[str]] = str.splitlines) -> Ran:
+        """Run a command twice, the second time recorded: nothing of it may differ, and its end is the last snapshot.
+
+        Args:
+            options: of the recording.
+            command: train.py by default; it prints its losses, and saves its weights as final.pt.
+            heard: the lines of its output that are the same each time; of several processes they come in any order.
+        """
+        plain = self.plain(*(command or self.python()))
+        assert plain.code == 0, plain.err
+        lines = sorted(heard(plain.out))
+        assert lines
+        (self.folder / "final.pt").rename(self.folder / "plain.pt")
+        ran = self.record(*options, command=command)
+        assert (ran.code, ran.said) == (0, []), ran.err
+        assert sorted(heard(ran.out)) == lines
+        assert same(ran.saved(), ran.saved("plain.pt"))
+        assert same(ran.state(), ran.saved())
+        return ran
 
     def python(self) -> list[str]:
         return [sys.executable, "train.py"]

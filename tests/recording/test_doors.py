@@ -122,6 +122,28 @@ class TestRecorder:
         assert not torch.equal(state_of(stored)["weight"], model.weight.detach())
         assert stored.header["recording"]["rounded"] == "bfloat16"
 
+    @pytest.mark.parametrize(
+        ("kind", "rounding"), [(torch.float32, "bfloat16"), (torch.bfloat16, "keep"), (torch.float64, "keep")]
+    )
+    def test_moments_are_never_stored_in_half_precision(self, tmp_path, kind, rounding):
+        model = nn.Linear(30, 20).to(kind)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with farcli.Recorder(model, optimizer, tmp_path / "a.zarr", every=2, with_optimizer=True, dtype=rounding):
+            for _ in range(4):
+                optimizer.zero_grad()
+                model(torch.randn(8, 30, dtype=kind)).square().mean().backward()
+                optimizer.step()
+        moments = Trajectory.open(tmp_path / "a.zarr/optimizer.zarr")
+        assert moments.steps == [2, 4]
+        assert moments.dtype == ("float64" if kind == torch.float64 else "float32")
+        names: dict[torch.Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
+        wanted = {
+            f"{names[tensor]}.{key}": state[key]
+            for tensor, state in optimizer.state.items()
+            for key in ("exp_avg", "exp_avg_sq")
+        }
+        assert same(state_of(moments), wanted)
+
 
 def test_a_plan_survives_its_environment_variable():
     plan = Plan(output="x {rank}.zarr", at=(0, 1, 5), params=("!a*",), command=("python", "t.py"), seed=3)
@@ -152,6 +174,9 @@ def test_names_of_outputs():
     for template in ("{job}", "{task}", "{seed}", "{host}", "{}"):
         with pytest.raises(UsageError, match="-o"):
             expand_output(template, seed=None, environment={})
+    assert expand_output("{rank}", seed=None, environment={}) == "{rank}"  # its processes know theirs
+    with pytest.raises(UsageError, match="needs RANK, which is not set"):
+        expand_output("{rank}", seed=None, launches=False, environment={})
 
 
 class TestCheckpoints:
@@ -275,6 +300,7 @@ class TestRefused:
             (("record", "-o", "a.zarr", "--at", "2,1", "--", "true"), "ascending"),
             (("record", "-o", "a.zarr", "--dtype", "float16", "--", "true"), "--dtype 'float16'"),
             (("record", "-o", "{task}.zarr", "--", "true"), "SLURM_ARRAY_TASK_ID"),
+            (("record", "-o", "{rank}.zarr", "linreg"), "{rank} needs RANK"),
             (("record", "-o", "exists.zarr", "--", "true"), "already exists"),
             (("record", "-o", "exists.zarr", "--force", "--", "true"), "not a trajectory store"),
         ],
