@@ -22,12 +22,14 @@ class Judged:
         before: mean loss without it.
         after: mean loss with it.
         reason: in words.
+        similarity: of activations before and after; None where nobody took them.
     """
 
     kept: bool
     before: float
     after: float
     reason: str
+    similarity: float | None = None
 
 
 def immediate(

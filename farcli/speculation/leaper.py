@@ -13,12 +13,14 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from farcli.errors import FarcliError, NonFiniteError, StoppedError, UsageError
+from farcli.regimes import similarity
 from farcli.speculation.arms import Arm, build_predictor
 from farcli.speculation.bandit import Bandit
 from farcli.speculation.base import Observed, Proposal
@@ -43,6 +45,10 @@ class _Window:
     point_D: Tensor
     entries: list[int]
     arm: int
+
+
+def _similarity(before_PF: np.ndarray | None, after_PF: np.ndarray | None) -> float | None:
+    return None if before_PF is None or after_PF is None else similarity(before_PF, after_PF)
 
 
 class Leaper:
@@ -121,7 +127,8 @@ class Leaper:
         self._scale = 1.0
         self._lost = 0
         self._off = False
-        self._trusted = not self.options.look or validate is None
+        self._trusted: set[int] = set()
+        """Arms of windows kept since the last one lost."""
         self._losses: list[float] = []
         self._measured_at = 0
         self._paces: list[float] = []
@@ -265,21 +272,24 @@ class Leaper:
     def _leap(self) -> None:
         options = self.options
         now = options.gate not in ("none", "delayed")
-        look = options.gate == "delayed" and self._window is None and not self._trusted
-        if (now or look) and not self._affordable():
-            return
         cosine = self._cosine()
         if self._window is not None:
             index = self._window.arm
         else:
             index = self._bandit.choose(cosine) if self._bandit is not None else 0
         arm = self._arms[index]
+        opens = options.gate == "delayed" and self._window is None
+        look = (
+            opens and options.look and self._validation is not None and arm.strength > 0 and index not in self._trusted
+        )
+        if (now or look) and not self._affordable():
+            return
         if len(self._points) < arm.predictor.context:
             return
         if self._proposing + self._proposal_cost(index) > options.compute * self.step:
             return
         window = self._window
-        if options.gate == "delayed" and window is None:
+        if opens:
             window = self._open(index)
         ahead = options.ahead or options.every * options.period
         strength = arm.strength * self._scale
@@ -377,13 +387,14 @@ class Leaper:
 
     def _try(self, entry: Entry, arm: Arm, proposal: Proposal, gate: Gate) -> Judged:
         """Leap, and take it back at once where the gate says so; or where judging fails."""
-        before = [tensor.detach().clone() for tensor in self._trained.tensors]
+        own = [tensor.detach().clone() for tensor in self._trained.tensors]
         kept = False
         try:
-            before_N = self._measure()
+            before_N, before = self._measure()
             self._trained.add(proposal.move_D)
-            after_N = self._measure()
+            after_N, after = self._measure()
             judged = immediate(gate, before_N, after_N, self._losses, self.options.tolerance)
+            judged = replace(judged, similarity=_similarity(before, after))
             kept = judged.kept
         except BaseException:
             self._settle(entry, "rejected", "the verification failed")
@@ -391,11 +402,11 @@ class Leaper:
         finally:
             if not kept:
                 with torch.no_grad():
-                    foreach_copy(self._trained.tensors, before)
+                    foreach_copy(self._trained.tensors, own)
                 arm.predictor.rejected()
         self._draw += 1
         self._pay(entry)
-        entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
+        self._note(entry, judged)
         if kept:
             self._made(proposal)
         return judged
@@ -434,22 +445,22 @@ class Leaper:
             self._bandit.reward(window.arm, (pace - usual) / abs(usual))
         self._paces.append(pace)
         self._lost = 0
-        self._trusted = True
+        self._trusted.add(window.arm)
         self._close(window, judged, "accepted")
 
     def _judge_average(self, window: _Window) -> Judged:
         """By the running average, on fresh batches."""
         with self._average.instead():
-            after_N = self._measure()
+            after_N, after = self._measure()
         now = self._average.state()
         self._average.restore(window.average)
         try:
             with self._average.instead():
-                before_N = self._measure()
+                before_N, before = self._measure()
         finally:
             self._average.restore(now)
         self._draw += 1
-        return delayed(before_N, after_N, self.options.margin)
+        return replace(delayed(before_N, after_N, self.options.margin), similarity=_similarity(before, after))
 
     def _judge_heard(self, window: _Window) -> Judged:
         """By the training's own losses: those of the window's later half, and as many from before it."""
@@ -477,7 +488,7 @@ class Leaper:
         self._lost += 1
         self._scale /= 2
         self._off = self._lost >= self.options.patience
-        self._trusted = self._validation is None or not self.options.look
+        self._trusted.clear()
         if self._bandit is not None:
             self._bandit.reward(window.arm, -1)
         self.entries[window.entries[0]].lost_steps = self.step - window.start
@@ -485,8 +496,12 @@ class Leaper:
 
     def _close(self, window: _Window, judged: Judged, verdict: Verdict) -> None:
         for entry in self._entries_of(window):
-            entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
+            self._note(entry, judged)
             self._settle(entry, verdict, judged.reason)
+
+    def _note(self, entry: Entry, judged: Judged) -> None:
+        entry.loss_before, entry.loss_after, entry.verdict_step = judged.before, judged.after, self.step
+        entry.activation_cosine = judged.similarity
 
     def _entries_of(self, window: _Window) -> list[Entry]:
         return [self.entries[index] for index in window.entries]
@@ -497,7 +512,8 @@ class Leaper:
 
     # ----------------------------------------------------------- measurements
 
-    def _measure(self) -> list[float]:
+    def _measure(self) -> tuple[list[float], np.ndarray | None]:
+        """Losses on the batches of the draw, and the network's fingerprint on them."""
         assert self._validation is not None
         device = self._trained.device
         losses: list[float] = []
@@ -512,7 +528,7 @@ class Leaper:
         if processes() > 1 and max(mean_over_processes([float(error is not None)], device)) > 0:
             raise error or FarcliError("leap: the verification failed in another process.")
         *losses, self._unit = mean_over_processes([*losses, self._validation.cost], device)
-        return losses
+        return losses, self._validation.fingerprint
 
     def _pay(self, *entries: Entry) -> None:
         """Charge one verification, shared by the entries it judged."""
@@ -630,7 +646,7 @@ class Leaper:
             "scale": self._scale,
             "lost": self._lost,
             "off": self._off,
-            "trusted": self._trusted,
+            "trusted": sorted(self._trusted),
             "losses": list(self._losses),
             "measured_at": self._measured_at,
             "paces": list(self._paces),
@@ -675,7 +691,7 @@ class Leaper:
             )
         self.step, self.verification, self._draw = state["step"], state["verification"], state["draw"]
         self._scale, self._lost, self._off = state["scale"], state["lost"], state["off"]
-        self._trusted = state["trusted"]
+        self._trusted = set(state["trusted"])
         self._losses, self._paces, self._slopes = list(state["losses"]), list(state["paces"]), list(state["slopes"])
         self._proposing = state["proposing"]
         self._proposal_costs = dict(state.get("proposal_costs", {}))

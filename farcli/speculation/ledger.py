@@ -17,7 +17,9 @@ class Entry:
         ahead: steps it was to leap.
         length: of the leap, in lengths of training's displacement since the last point.
         displacement_cosine: between training's last two displacements; None where there are not two.
-        activation_cosine: between activations now and at the last point; None where nobody took them.
+        activation_cosine: of the verification data's activations, between the two networks that were compared: before
+            and after the leap (immediate, or a first look refused), or the averages at the window's two ends. None
+            where nobody took them.
         loss_before: on verification data, before the leap (immediate), or of the average where the window began.
         loss_after: right after the leap (immediate), or of the average at the verdict.
         verdict_step: step of the verdict.

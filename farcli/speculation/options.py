@@ -32,7 +32,7 @@ class Leaping:
     look: bool = field(
         default=True,
         metadata={
-            "help": "delayed: a window's first leap has to lower the held-out loss at once, until a window was kept"
+            "help": "delayed: a predictor's first leap has to lower the held-out loss at once, until a window was kept"
         },
     )
     margin: float = field(default=3.0, metadata={"help": "standard errors by which a window may lose before it is"})

@@ -18,7 +18,14 @@ from farcli.workloads.base import evaluating
 
 
 class Validation(Protocol):
-    """Verification data: fresh, paired, and disjoint from training data and from what is reported."""
+    """Verification data: fresh, paired, and disjoint from training data and from what is reported.
+
+    Attributes:
+        fingerprint: features [probes, features] that the network made of the last call's data (`regimes.Probe`); None
+            where nobody listens in.
+    """
+
+    fingerprint: np.ndarray | None = None
 
     @property
     def cost(self) -> float:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from farcli.errors import StoppedError, StoreError, UsageError
 from farcli.metrics import LossCurve
 from farcli.provenance import provenance
+from farcli.regimes import PUBLISHED, Probe, Thresholds, regimes
 from farcli.speculation.arms import Arm, arms_of
 from farcli.speculation.leaper import Leaper
 from farcli.speculation.options import Leaping, last_leap
@@ -26,6 +28,8 @@ from farcli.workloads.base import Workload, evaluating
 
 _PARTS = 4
 """Of a verification batch, judged one by one."""
+_PROBES = 64
+"""Examples of a draw, at most, whose activations are compared."""
 
 
 class WorkloadValidation(Validation):
@@ -51,12 +55,19 @@ class WorkloadValidation(Validation):
         """The workload's own loss on quarters of each batch of the draw: their spread says how sure a verdict is."""
         batches = self._workload.verification(self._seed, draw, self._batches)
         axis = int(self._workload.lockstep)
-        with threads(self._workload.threads), evaluating(model):
-            return [
+        probed = any(isinstance(each, nn.Linear) for each in model.modules())
+        with (
+            threads(self._workload.threads),
+            evaluating(model),
+            Probe(model, _PROBES) if probed else nullcontext() as probe,
+        ):
+            losses = [
                 float(self._workload.loss(model, part).sum())
                 for batch in batches
                 for part in zip(*(each.chunk(_PARTS, axis) for each in batch), strict=True)
             ]
+        self.fingerprint = probe.fingerprint() if probe is not None else None
+        return losses
 
 
 def leap(
@@ -381,6 +392,10 @@ def _news(step: int, curve: Curve, leaper: Leaper, control: Curve) -> str:
     text = f"step {step}: {account.accepted + account.unverified} of {account.proposals} leaps kept"
     if account.rejected:
         text += f", {account.rejected} not"
+    verdicts = {entry.verdict_step: entry.activation_cosine for entry in leaper.entries}
+    similar = [each for each in verdicts.values() if each is not None]
+    if similar:
+        text += f", {regimes(similar, Thresholds(*PUBLISHED))[-1]} (activations {similar[-1]:.4f} alike)"
     if curve:
         text += f", held-out loss {curve[-1][2]:.4g} at {curve[-1][0]}"
     if control and len(curve) > 1:
