@@ -279,9 +279,8 @@ class Leaper:
             index = self._bandit.choose(cosine) if self._bandit is not None else 0
         arm = self._arms[index]
         opens = options.gate == "delayed" and self._window is None
-        look = (
-            opens and options.look and self._validation is not None and arm.strength > 0 and index not in self._trusted
-        )
+        unknown = arm.strength != 0 and index not in self._trusted
+        look = opens and options.look and self._validation is not None and unknown
         if (now or look) and not self._affordable():
             return
         if len(self._points) < arm.predictor.context:
