@@ -555,7 +555,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Iterato
         options = " ".join(f"{key}={value}" for key, value in what.options.items())
         yield f"## {task}\n"
         yield f"`{what.workload}` {options}, T = {what.steps} steps, AdamW, {len(seeds)} seeds.\n"
-        yield "| method | setting | lr | held-out loss | against best control | cost at T | speed-up | CPU s | in CPU s |"
+        yield "| method | setting | lr | final loss | against best control | cost at T | speed-up | CPU s | in CPU s |"
         yield "|---|---|---|---|---|---|---|---|---|"
         for row in rows:
             if row["task"] != task:
