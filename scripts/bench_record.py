@@ -41,6 +41,7 @@ from farcli.config import parse_assignments
 from farcli.errors import FarcliError
 from farcli.recording.recorder import Recorder
 from farcli.store import Trajectory
+from farcli.stream import resolve_device
 from farcli.training import run_seed, threads, workload_from
 from farcli.workloads.base import Batch
 
@@ -269,7 +270,7 @@ def main() -> None:
     intervals = given.every or ([50, 20, 10, 5, 2, 1] if cuda else [5, 20, 10, 2, 1] if given.full else [5])
     rows = []
     try:
-        training = Training(name, options, torch.device(given.device))
+        training = Training(name, options, resolve_device(given.device))
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             for every in intervals:
                 steps = every * max(1, round((given.steps or (50 if cuda else 10)) / every))

@@ -117,7 +117,8 @@ class Picture:
                 self._stage = Stage(self._width, self.layout.integers, self.dtype, self._device)
             staged = self._stage.vectors()
             for tensor, into in self._targets(*staged):
-                into.copy_(tensor, non_blocking=True)
+                # What is on the host is waited for: the script may change it before it is read.
+                into.copy_(tensor, non_blocking=tensor.is_cuda)
             return self._stage.send(floats, integers)
 
     def gather(self) -> None:
@@ -213,6 +214,8 @@ class Stage:
         self._floats = torch.empty(floats, dtype=dtype, device=device)
         self._integers = torch.empty(integers, dtype=torch.int64, device=device)
         self._stream = torch.cuda.Stream(device)
+        for vector in (self._floats, self._integers):
+            vector.record_stream(self._stream)  # let go of at the end, they stay until the last copy has been sent
         self._sent: torch.cuda.Event | None = None
         self._device = device
 

@@ -8,6 +8,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "scripts/bench_record.py"
 
@@ -71,3 +72,18 @@ def test_missing_data_are_named(tmp_path: Path):
     assert done.returncode == 1
     assert "bench_record: error: data=vader-movie: vaderSentiment-3.3.2*" in done.stderr
     assert "pip download" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_cuda_its_part_on_a_gpu_says_so(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cuda", "--results", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "bench_record: error: device 'cuda': this machine has no CUDA device that torch can use.\n"
+    assert list(tmp_path.iterdir()) == []
