@@ -31,6 +31,8 @@ class RecorderCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Start recording: the Trainer has made its optimiser, and loaded a checkpoint if it resumes."""
+        if self._recorder is not None:  # callbacks are not told of the exception that ended the last training
+            self._recorder.__exit__(RuntimeError, None, None)
         options = {"start_step": int(state.global_step), **self._options}
         self._recorder = Recorder(given["model"], given["optimizer"], self._store, **options)
         self._recorder.__enter__()

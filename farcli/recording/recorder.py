@@ -1,5 +1,6 @@
 """The recorder: counts optimiser steps, takes a snapshot when one is due, and the last one at the end."""
 
+import atexit
 import os
 import sys
 import threading
@@ -658,6 +659,9 @@ class Recorder:
     def __enter__(self) -> "Recorder":
         with self._care():
             self._start()
+        # Whoever enters without `with` (a Trainer's callbacks) may not be told of an exception that ends the training.
+        # Earlier than atexit, while threads can still be joined.
+        getattr(threading, "_register_atexit", atexit.register)(_left_open, weakref.ref(self))
         return self
 
     def __exit__(
@@ -737,6 +741,13 @@ class Recorder:
         if self._error is not None and self._plan.strict:
             error, self._error = self._error, None
             raise error
+
+
+def _left_open(ref: "weakref.ref[Recorder]") -> None:
+    """The interpreter is about to end: a recording that is still open is left to be resumed."""
+    recorder = ref()
+    if recorder is not None:
+        recorder.__exit__(SystemExit, None, None)
 
 
 class Care:
