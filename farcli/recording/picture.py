@@ -106,7 +106,7 @@ class Picture:
             None when the vectors are complete, or an event to wait for (CUDA): until then they must not be read.
 
         Raises:
-            FarcliError: a tensor has another shape or number format than when the recording began, or is gone.
+            FarcliError: see `tensors`.
         """
         with torch.no_grad():
             if self._device is None:
@@ -125,10 +125,10 @@ class Picture:
         """Take part in reading sharded tensors without keeping them: every process must.
 
         Raises:
-            FarcliError: see `copy`.
+            FarcliError: see `tensors`.
         """
         with torch.no_grad():
-            for tensor in self._tensors():
+            for tensor in self.tensors():
                 _whole(tensor)
 
     def release(self) -> None:
@@ -141,11 +141,14 @@ class Picture:
     def _width(self) -> int:
         return self.region.stop - self.region.start
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """The tensors of the layout as they are now.
 
         All are looked at before one is read: what is wrong with them is so in every process, and one that stopped
         half-way would be waited for.
+
+        Raises:
+            FarcliError: one has another shape or number format than when the recording began, or is gone.
         """
         tensors = [self._places[slot.name].tensor() for slot in self.layout.slots]
         for slot, tensor in zip(self.layout.slots, tensors, strict=True):
@@ -158,7 +161,7 @@ class Picture:
 
     def _targets(self, floats: Tensor, integers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Flat tensors, or what lies in the region of them, and where they go."""
-        for slot, tensor in zip(self.layout.slots, self._tensors(), strict=True):
+        for slot, tensor in zip(self.layout.slots, self.tensors(), strict=True):
             values = _whole(tensor).reshape(-1)  # of sharded tensors, every process must ask for every one
             if slot.role == "integer":
                 yield values, integers[slot.offset : slot.stop]

@@ -247,6 +247,12 @@ class Recording:
                 if self._sink is not None:
                     self._sink.hurry()
                 return
+            try:
+                self._picture.tensors()
+            except FarcliError as error:  # rounded to be saved, say: what was recorded before is whole
+                if self._writes and not self.failed:
+                    say(f"{self.path}: {error} Its last snapshot is of step {self._newest}, before that.")
+                return
             if self._newest != self.step:
                 self._take(self.step, last=True)
             else:
