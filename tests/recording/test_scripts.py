@@ -103,6 +103,16 @@ def test_signals_save_everything_first_and_kill_as_ever(bench, number):
 
 
 @pytest.mark.slow
+def test_a_time_limit_is_a_sigterm_by_the_clock(bench):
+    bench.write(SLEEPING.format(handler="time.sleep(1.1)"))
+    ran = bench.record("--every", 3, "--time-limit", "1s")
+    assert ran.code == -signal.SIGTERM
+    assert "--time-limit is reached" in ran.said[0]
+    assert "stopped by signal 15; saved up to step 1" in ran.said[1]
+    assert ran.store(partial=True).steps == [0, 1]
+
+
+@pytest.mark.slow
 def test_a_handler_of_the_script_is_left_alone(bench):
     bench.write(SLEEPING.format(handler="import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(31))"))
     ran = bench.interrupted("--every", 3)
@@ -458,6 +468,17 @@ def test_a_network_that_becomes_another_ends_the_recording_and_not_the_training(
     assert said in ran.said[0]
     assert ran.store(partial=True).steps == [0, 2, 4]
     assert list(ran.store(partial=True).verify()) == []
+
+
+@pytest.mark.slow
+def test_a_network_that_is_rounded_in_the_end_is_recorded_as_it_was(bench):
+    bench.write(SIMPLE + "    model.half()\n")
+    ran = bench.record("--every", 6)
+    assert ran.code == 0
+    assert len(ran.said) == 1
+    assert "'0.weight' is float16[8, 6] now, float32[8, 6] when the recording began. Its last" in ran.said[0]
+    assert ran.store().steps == [0, 6, 12]
+    assert same(ran.state(), ran.saved())
 
 
 @pytest.mark.slow
