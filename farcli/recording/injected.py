@@ -129,6 +129,8 @@ class Session:
         self._past: weakref.WeakSet[Any] = weakref.WeakSet()
         """Optimisers of trainings that are over."""
         self._off = False
+        self._speaks = True
+        """Whether errors are said here: what goes wrong alike in all processes is said once."""
         self._recorded: list[tuple[Path, int]] = []
         self._warned: set[str] = set()
         self._outermost: Any = None
@@ -199,15 +201,16 @@ class Session:
 
         if optimizer in self._past:
             return None
+        rank = process_rank()
+        path = Path(self.plan.output.replace("{rank}", str(rank)))
+        self._speaks = writes = rank == 0 or "{rank}" in self.plan.output
         live = [each for each in names.live_optimizers() if each not in self._past and _hooked(each)]
         optimizers = [optimizer, *(each for each in live if each is not optimizer)]
         roots = names.find_roots(optimizers)
         places = names.name_tensors(optimizers, roots, names.calling_frame())
-        rank = process_rank()
-        path = Path(self.plan.output.replace("{rank}", str(rank)))
-        writes = rank == 0 or "{rank}" in self.plan.output
         sharded = any(names.is_sharded(place.tensor()) for place in places)
-        writes = rank == 0 if sharded else writes
+        if sharded:
+            self._speaks, writes = True, rank == 0
         if not (writes or sharded or self.plan.leap):
             self._off = True
             return None
@@ -268,7 +271,8 @@ class Session:
     def _failed(self, error: Exception) -> None:
         self._fatal = True
         text = stopped(error)
-        say(text.replace("the training goes on", "--strict ends the training") if self.plan.strict else text)
+        if self._speaks:
+            say(text.replace("the training goes on", "--strict ends the training") if self.plan.strict else text)
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:

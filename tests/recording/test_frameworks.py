@@ -140,6 +140,24 @@ def test_torchrun_fully_shard_with_a_full_disk_on_one_rank_does_not_hang(bench, 
     assert ran.store(partial=True).steps == [0, 3]
 
 
+def test_flattened_parameters_are_refused_in_one_line_and_trained_as_ever(bench):
+    bench.write("""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    dist.init_process_group("gloo")
+    model = FullyShardedDataParallel(net(), device_id=torch.device("cpu"))
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), 4)
+    dist.destroy_process_group()
+    """)
+    plain = bench.plain(*TORCHRUN)
+    assert plain.code == 0, plain.err
+    ran = bench.record("--every", 2, command=TORCHRUN)
+    assert ran.code == 0, ran.err
+    assert sorted(ran.out.splitlines()) == sorted(plain.out.splitlines())
+    assert len(ran.said) == 1
+    assert "use fully_shard (FSDP2)" in ran.said[0]
+
+
 def test_spawned_ddp(bench):
     bench.write("""
     def work(rank):
