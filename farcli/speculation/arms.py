@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from farcli.artefact import build, load
 from farcli.config import configure
 from farcli.errors import UsageError
 from farcli.forecasters.table import FORECASTERS
@@ -22,14 +24,21 @@ class Arm:
 
 
 def build_predictor(name: str, options: Mapping[str, str]) -> Predictor:
-    """A predictor by its name in either table (or "package.module:Class"), with options as typed.
+    """A predictor by its name in either table (or "package.module:Class", or FILE.safetensors), with options as typed.
 
     Raises:
         UsageError: there is none of that name, an option is unknown, or it would have to be fitted.
+        StoreError: the file is missing or damaged.
     """
+    if name.endswith(".safetensors"):
+        if options:
+            raise UsageError(f"--option {min(options)}: {name} is fitted already, and takes no options.")
+        fitted = load(Path(name))
+        return Forecast(name, fitted.forecaster, fitted=fitted)
     if name in FORECASTERS:
-        chosen = resolve("forecaster", name, FORECASTERS)
-        return Forecast(name, chosen(configure(chosen.Config, options, name)))
+        own = dict(options)
+        points = {key: own.pop(key) for key in ("points",) if key in own}
+        return Forecast(name, build(name, own), configure(Forecast.Config, points, name).points)
     if name not in PREDICTORS and ":" not in name:
         raise unknown("predictor", name, [*PREDICTORS, *FORECASTERS])
     chosen = resolve("predictor", name, PREDICTORS)

@@ -1,18 +1,22 @@
 """Predictors of leaps against independent arithmetic, and what all of them have in common."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from farcli.errors import UsageError
+from farcli.artefact import load
+from farcli.errors import StoreError, UsageError
 from farcli.layout import Layout, layout_of
 from farcli.speculation.arms import build_predictor
 from farcli.speculation.base import Moments, Observed
 from farcli.speculation.predictors.spectral import orthogonal
 from farcli.speculation.table import PREDICTORS
+from farcli.store import TrajectoryWriter
+from farcli.verbs.fit import fit
 
 LAYOUT = layout_of(
     [
@@ -240,3 +244,67 @@ def test_lfd2_online_continues_geometric_decay_exactly() -> None:
     seen = replace(observed(points=4), weights_CD=[torch.from_numpy(point).float() for point in points[:4]])
     move_D = build_predictor("lfd2-online", {}).propose(seen, ahead=20, strength=1.0).move_D
     np.testing.assert_allclose(points[3] + move_D.double().numpy(), points[5], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LFD-2 fitted on six networks of `LAYOUT` with a buffer, snapshots ten steps apart, 10 and 30 steps ahead."""
+    home = tmp_path_factory.mktemp("fitted")
+    random = np.random.default_rng(11)
+    slots = [(slot.name, slot.shape, slot.dtype, slot.role) for slot in LAYOUT.floats]
+    layout = layout_of([*slots, ("running_mean", (4,), "float32", "buffer")], {})
+    steps = list(range(0, 80, 10))
+    limit, first = random.normal(size=(2, 6, layout.size))
+    with TrajectoryWriter.create(home / "runs.zarr", layout, range(6), planned_steps=steps) as writer:
+        for run in range(6):
+            for place, step in enumerate(steps):
+                noise = 0.01 * random.normal(size=layout.size)
+                writer.append(step, (limit[run] + 0.8**place * first[run] + noise).astype(np.float32), run=run)
+        writer.finish()
+    fit("lfd2", [str(home / "runs.zarr")], home / "lfd2.safetensors", context=4, targets="40,60")
+    return home / "lfd2.safetensors"
+
+
+def test_a_fitted_forecaster_leaps_where_its_map_says(fitted: Path) -> None:
+    predictor = build_predictor(str(fitted), {})
+    assert predictor.context == 4
+    seen = observed(points=6)
+    coefficients = load(fitted).forecaster.coefficients()  # pyright: ignore[reportAttributeAccessIssue]
+    for place, ahead in enumerate((10, 30)):
+        a, b, c = (coefficients[place][key] for key in "abc")
+        first, last = (seen.weights_CD[place].double().numpy() for place in (-4, -1))
+        wanted = a * first + b * last + c - last
+        move_D = predictor.propose(seen, ahead=ahead, strength=0.5).move_D.double().numpy()
+        np.testing.assert_allclose(move_D, 0.5 * wanted, atol=1e-5)
+        assert np.abs(move_D).max() > 0.01
+    late = replace(seen, steps_C=(17, 20, 30, 40, 50, 60))  # goes on at any step, from even points on
+    assert predictor.propose(late, ahead=10, strength=1.0).move_D.norm() > 0
+    for steps in ((10, 20, 30, 37, 40, 50), (10, 20, 30, 40, 50, 53)):
+        assert not predictor.propose(replace(seen, steps_C=steps), ahead=10, strength=1.0).move_D.any()
+
+
+def test_a_fitted_forecaster_refuses_what_it_was_not_fitted_for(fitted: Path) -> None:
+    predictor = build_predictor(str(fitted), {})
+    with pytest.raises(UsageError, match=r"10, 30 steps ahead, and 20 is not among them") as caught:
+        predictor.propose(observed(), ahead=20, strength=1.0)
+    assert caught.value.hint is not None
+    assert "--K 10" in caught.value.hint
+    with pytest.raises(UsageError, match=r"snapshots 10 steps apart, but points are 5 apart") as caught:
+        predictor.propose(observed(every=5), ahead=10, strength=1.0)
+    assert caught.value.hint is not None
+    assert "--every 10" in caught.value.hint
+    with pytest.raises(UsageError, match=r"was fitted on D = 145 parameters, but this network has D = 6"):
+        predictor.propose(observed(layout=layout_of([("w", (6,), "float32", "parameter")], {})), 10, 1.0)
+    with pytest.raises(UsageError, match="fitted already"):
+        build_predictor(str(fitted), {"points": "3"})
+    with pytest.raises(StoreError, match="no such file"):
+        build_predictor("nowhere.safetensors", {})
+
+
+def test_forecasters_see_five_points_or_what_they_look_at_or_as_many_as_asked_for() -> None:
+    contexts = {name: build_predictor(name, {}).context for name in ("linear", "quadratic", "lawa", "dmd", "lsq-line")}
+    assert contexts == {"linear": 2, "quadratic": 3, "lawa": 5, "dmd": 5, "lsq-line": 5}
+    predictor = build_predictor("lawa", {"points": "3", "latest": "9"})
+    seen = observed(points=6)
+    mean_D = torch.stack(list(seen.weights_CD[-3:])).mean(0)
+    torch.testing.assert_close(seen.now + predictor.propose(seen, ahead=10, strength=1.0).move_D, mean_D)

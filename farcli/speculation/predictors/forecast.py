@@ -1,10 +1,13 @@
-"""Any forecaster that needs no fitting, as a predictor."""
+"""Any forecaster as a predictor: one that needs no fitting, or a file of one fitted on earlier runs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import final
 
 import torch
 
+from farcli.artefact import Artefact
 from farcli.errors import UsageError
 from farcli.forecasters.base import FittedForecaster, Forecaster, Prefix
 from farcli.layout import Layout
@@ -18,49 +21,103 @@ _AVERAGERS = {"ema", "lawa"}
 class Forecast(Predictor):
     """Leap to where a forecaster says training will be, K steps ahead, from the last points.
 
+    One that was fitted sees as many points as it was fitted on, as far apart, leaps as far as it was fitted to, and
+    knows only the network it was fitted on: whatever differs is refused.
+
     Args:
-        name: of the forecaster.
+        name: of the forecaster, or its file.
         forecaster: it.
-        config: how many points it sees.
+        points: of the past that it may see; those that it does not look at are not kept. Not used where `fitted`.
+        fitted: the file's contents.
+
+    Raises:
+        UsageError: it has to be fitted, and is not.
     """
 
-    reference = "any forecaster that needs no fitting"
+    reference = "any forecaster that needs no fitting, or the file of one that was fitted"
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
         """Options beside the forecaster's own."""
 
-        points: int = field(default=0, metadata={"help": "points the forecaster sees; 0 for as few as it needs"})
+        points: int = field(default=5, metadata={"help": "points that ema, lawa, lsq-line, dmd, … see"})
 
-    def __init__(self, name: str, forecaster: Forecaster, config: Config | None = None) -> None:
-        if isinstance(forecaster, FittedForecaster):
+    def __init__(self, name: str, forecaster: Forecaster, points: int = 5, fitted: Artefact | None = None) -> None:
+        if fitted is None and isinstance(forecaster, FittedForecaster):
             raise UsageError(
                 f"predictor {name!r}: has to be fitted before it forecasts.",
-                "Choose one that goes by the points alone: linear, quadratic, lsq-line, dmd, aitken, ema, lawa.",
+                f"Name its file, which `farcli fit {name} RUNS.zarr -o {name}.safetensors` makes, or choose one that "
+                "goes by the points alone: linear, quadratic, lsq-line, dmd, aitken, ema, lawa.",
             )
         self._name = name
         self._forecaster = forecaster
-        self._points = (config or self.Config()).points
+        self._fitted = fitted
+        steps = fitted.context if fitted is not None else tuple(range(max(points, forecaster.min_context)))
+        self._context = len(steps) - steps.index(forecaster.observed(steps)[0])
 
     @property
     def context(self) -> int:
-        """As many points as asked for, or as the forecaster needs."""
-        return max(self._points, self._forecaster.min_context)
+        """From the earliest point that the forecaster looks at to now."""
+        return self._context
 
     def operations(self, layout: Layout, tables: frozenset[str]) -> float | None:
         """Nothing, but for networks."""
-        return None if self._name == "nino-mlp" else 0.0
+        return None if self._fitted is not None or self._name == "nino-mlp" else 0.0
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """ŵ(t + K) − w_t."""
-        count = self.context
-        steps_C = seen.steps_C[-count:]
+        points = dict(zip(seen.steps_C[-self._context :], seen.weights_CD[-self._context :], strict=True))
+        steps_C, layout = tuple(points), seen.layout
+        if self._fitted is not None:
+            layout = self._layout(self._fitted, seen, ahead)
+            if _back(steps_C) != _back(self._fitted.context[-self._context :]):
+                return Proposal(move_D=torch.zeros_like(seen.now))  # after a stop, until points are even again
+        looked_C = self._forecaster.observed(steps_C)
         prefix = Prefix(
-            weights_BCD=torch.stack(list(seen.weights_CD[-count:]))[None],
-            steps_C=steps_C,
-            layout=seen.layout,
+            weights_BCD=torch.stack([points[step] for step in looked_C])[None],
+            steps_C=looked_C,
+            layout=layout,
             start=0,
             runs_B=(0,),
         )
         move_D = self._forecaster.forecast(prefix, (steps_C[-1] + ahead,))[0, 0] - seen.now
         return Proposal(move_D=move_D.mul_(strength), average=self._name not in _AVERAGERS)
+
+    def _layout(self, fitted: Artefact, seen: Observed, ahead: int) -> Layout:
+        """The layout that it was fitted on, where network, spacing and horizon are as they were there.
+
+        Raises:
+            UsageError: they are not.
+        """
+        problem, who = fitted.problem, f"predictor {self._name}"
+        own, this = (
+            [(slot.name, slot.shape) for slot in layout.slots if slot.role == "parameter"]
+            for layout in (problem.layout, seen.layout)
+        )
+        if own != this:
+            problem.require_layout(who, seen.layout)
+        gaps, last = _gaps(fitted.context), _gaps(seen.steps_C[-3:])
+        if self._context > 1 and len(seen.steps_C) > 2 and len(last) == 1 and last != gaps:
+            raise UsageError(
+                f"{who} was fitted on snapshots {', '.join(map(str, sorted(gaps)))} steps apart, but points are "
+                f"{min(last)} apart.",
+                f"Leap with --every {min(gaps)}, or fit it on runs recorded every {min(last)} steps.",
+            )
+        horizons = [step - fitted.context[-1] for step in problem.steps_H]
+        if ahead not in horizons:
+            nearest = min(horizons, key=lambda horizon: abs(horizon - ahead))
+            raise UsageError(
+                f"{who} was fitted to forecast {', '.join(map(str, horizons))} steps ahead, and {ahead} is not among "
+                "them.",
+                f"Leap with --K {nearest}, or fit it with --to.",
+            )
+        return problem.layout
+
+
+def _gaps(steps_C: Sequence[int]) -> set[int]:
+    return {after - before for before, after in pairwise(steps_C)}
+
+
+def _back(steps_C: Sequence[int]) -> list[int]:
+    """How far back from the last."""
+    return [steps_C[-1] - step for step in steps_C]
