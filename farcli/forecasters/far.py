@@ -11,7 +11,8 @@ from typing import Any, Literal, Self, final
 import torch
 from torch import Tensor
 
-from farcli.errors import FarcliError, UsageError
+from farcli.errors import FarcliError, ResourceError, UsageError
+from farcli.forecasters import noiseless
 from farcli.forecasters.base import (
     Coupling,
     Known,
@@ -19,13 +20,15 @@ from farcli.forecasters.base import (
     Problem,
     SolvedForecaster,
     Sums,
+    TrainingLoss,
     require_fitted,
     require_future,
     stored,
 )
 from farcli.forecasters.identification import UNEXPLAINED, Experiment, Population, forecast, identify
-from farcli.forecasters.intervals import quantile
+from farcli.forecasters.intervals import Counts, quantile
 from farcli.forecasters.lfd2 import Lfd2
+from farcli.forecasters.loss_lfd import LossLfd, PrefixRows
 from farcli.forecasters.update_rules import UpdateRule
 
 _LARGEST = 4
@@ -36,6 +39,15 @@ _HALF, _BELIEF = 0.5, 0.25
 """Before the training runs speak, LFD-2's share of the average with identification: mean and standard deviation."""
 _MARGIN = 3.0
 """Identified forecasts may leave the range of the training runs' targets by so many standard deviations."""
+_LARGEST_BY_LOSS = 1_000_000
+"""Parameters up to which forecasts are judged, and leaps fitted, on training loss: thousands of forward passes."""
+_KEEP, _LFD2, _LEAP = 0, 1, 2
+"""What may be forecast at a horizon."""
+_SOUND = 0.9
+"""The share of training runs, left out, whose loss a forecast must not raise."""
+_EXACT, _MOST_UNEXPLAINED = 0.01, 0.1
+"""Training is free of noise where quadratics pass through all but so many training runs, and forecast their targets
+with less than this part of LFD-2's squared error."""
 
 
 @final
@@ -72,20 +84,93 @@ class Runs(Sums):
         return self.lfd2.finite
 
 
+@final
+class Rows(Sums):
+    """LFD-2's sums of a pass; of the first one also what leaps start from, of the second one how far leaps are off."""
+
+    def __init__(self, lfd2: Sums, rows: PrefixRows | None, errors: "LeapErrors | None") -> None:
+        self.lfd2, self.rows, self.errors = lfd2, rows, errors
+        self._parts = [part for part in (lfd2, rows, errors) if part is not None]
+
+    def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
+        """Take one block in."""
+        for part in self._parts:
+            part.add(prefix, truth_BHD)
+
+    def merge(self, other: Any) -> None:
+        """Take in another part's."""
+        for own, theirs in zip(self._parts, other._parts, strict=True):
+            own.merge(theirs)
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is finite."""
+        return all(part.finite for part in self._parts)
+
+
+@final
+class LeapErrors(Sums):
+    """How large the errors of leaps fitted without a run are on that run, in units of a scale of each tensor."""
+
+    def __init__(self, problem: Problem, leap: LossLfd, rows_RCD: Tensor, scale_S: Tensor) -> None:
+        self._leap, self._rows_RCD, self._scale_S = leap, rows_RCD, scale_S
+        self.counts = Counts(len(scale_S), len(problem.steps_H))
+
+    def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
+        """Take one block in."""
+        size = self._rows_RCD.shape[-1]
+        for row, run in enumerate(prefix.runs_B):
+            leapt_D = self._leap.leapt_without(self._rows_RCD[run], run)
+            for segment in prefix.segments:
+                width = min(segment.stop, size - prefix.start) - segment.start
+                if width <= 0:
+                    continue
+                truth_HN = truth_BHD[row, :, segment.start : segment.start + width].cpu()
+                start = prefix.start + segment.start
+                error_HN = (truth_HN - leapt_D[start : start + width]) / self._scale_S[segment.slot]
+                self.counts.add(segment.slot, error_HN[None])
+
+    def merge(self, other: Any) -> None:
+        """Add another part's counts."""
+        self.counts.merge(other.counts)
+
+    @property
+    def finite(self) -> bool:
+        """True: the pass before has seen to it."""
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Leap:
+    """A leap fitted on loss, and what its intervals need.
+
+    Attributes:
+        forecaster: the leap.
+        rows_RCD: the training runs' snapshots, while fitting.
+        scale_S: how far each tensor moved in the prefix.
+        width_SH: half-widths of 90 % intervals; None until calibrated.
+    """
+
+    forecaster: LossLfd
+    rows_RCD: Tensor | None
+    scale_S: Tensor
+    width_SH: Tensor | None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Physics:
     """An identified population, its share of the average, and the bounds and intervals of forecasts.
 
     Attributes:
         experiment: the optimiser, and when weights were looked at.
-        population: what runs have in common.
+        population: what runs have in common; None where training has no noise and each run says all by itself.
         share_H: LFD-2's share of the average.
         bounds_2HD: least and largest forecasts of the identified part.
         stretch_HD: half-width of the 90 % interval in predicted standard deviations.
     """
 
     experiment: Experiment
-    population: Population
+    population: Population | None
     share_H: Tensor
     bounds_2HD: Tensor
     stretch_HD: Tensor
@@ -97,13 +182,19 @@ class Far(SolvedForecaster):
 
     method=identify: for at most 4 parameters, runs seen from step 0 and a known update rule. See `identification`:
     per run the quadratic loss is estimated whose known optimiser explains w_0 … w_n, and the optimiser is run on.
-    Averaged with LFD-2; its share is ½ before, and after what the training runs, left out one by one, say.
+    Averaged with LFD-2; its share is ½ before, and after what the training runs, left out one by one, say. Where
+    training has no noise (full batch) the equations are solved instead: see `noiseless`. A new run that has no
+    solution is forecast by LFD-2.
 
     method=lfd2: for everything else the shared map of `lfd2` with ridge=loo, guard=true, intervals=true, with one map
     for all tensors or one for each, whichever forecasts runs left out better.
 
-    Every horizon is judged on the training runs, each left out of its own forecast: where the squared error is not
-    below that of keeping w_n, w_n is kept. `fit` says which these are.
+    method=loss: where the runs' training loss can be computed, for at most 1,000,000 parameters: that map, or the leap
+    of `loss-lfd`, at each horizon the one that lowers the training loss of runs left out more.
+
+    Every horizon is judged on the training runs, each left out of its own forecast, by loss with method=loss and by
+    squared error otherwise: where that is not below that of keeping w_n, w_n is kept. By loss it must be so by one
+    standard error, and for nine runs of ten. `fit` says at which horizons w_n is kept.
 
     Source: ours; the parts' sources stand where they are.
     Differs: in leaving a run out of an identified population its moments are taken out, and the other runs'
@@ -116,8 +207,11 @@ class Far(SolvedForecaster):
     class Config:
         """Options."""
 
-        method: Literal["auto", "identify", "lfd2"] = field(
-            default="auto", metadata={"help": "how to forecast; auto: identify where it can be done, else lfd2"}
+        method: Literal["auto", "identify", "loss", "lfd2"] = field(
+            default="auto",
+            metadata={
+                "help": "how to forecast; auto: identify where it can be done, else loss where that can, else lfd2"
+            },
         )
         optimizer: str = field(
             default="",
@@ -134,7 +228,9 @@ class Far(SolvedForecaster):
         self._lfd2: tuple[Lfd2, ...] = (_lfd2("none"), _lfd2("tensor"))
         """Candidates while fitting, the chosen one after."""
         self._physics: _Physics | None = None
-        self._useful_H: Tensor | None = None
+        self._loss: TrainingLoss | None = None
+        self._leap: _Leap | None = None
+        self._choice_H: Tensor | None = None
         self._reason = ""
 
     @property
@@ -150,17 +246,23 @@ class Far(SolvedForecaster):
     @property
     def transferable(self) -> bool:
         """Whether it is LFD-2 with one map for all tensors."""
-        return self._config.method != "identify" and len(self._lfd2) == 1 and self._lfd2[0].transferable
+        return self._config.method == "lfd2" and len(self._lfd2) == 1 and self._lfd2[0].transferable
 
     @property
     def min_context(self) -> int:
-        """w_0 and w_n."""
-        return 2
+        """w_0 and w_n; w_{n−1} and w_{n−2} too where leaps are fitted on loss."""
+        return 3 if self._config.method == "loss" else 2
 
     def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
-        """All for identification, the first and the last for LFD-2."""
+        """All for identification, the first and the last three for leaps, the first and the last for LFD-2."""
         require_future("far", self.min_context, steps_C, ())
-        return tuple(steps_C) if self._config.method == "identify" else (steps_C[0], steps_C[-1])
+        match self._config.method:
+            case "identify":
+                return tuple(steps_C)
+            case "loss":
+                return tuple(dict.fromkeys((steps_C[0], *steps_C[-3:])))
+            case _:
+                return (steps_C[0], steps_C[-1])
 
     def prepared(self, problem: Problem, known: Known) -> Self:
         """Choose the method.
@@ -180,57 +282,123 @@ class Far(SolvedForecaster):
             against = f"step {problem.steps_H[-1]} is more than {_LONGEST} updates away"
         else:
             rule = UpdateRule.parse(config.optimizer) if config.optimizer else known.optimizer()
-            if rule is None:
+            if config.method == "loss":
+                rule, against = None, "asked to judge by loss"
+            elif rule is None:
                 against = "the stores name no update rule of constant rate that is known here"
         if rule is None and config.method == "identify":
             raise UsageError(
                 f"far: method = identify cannot be: {against}.",
                 'Leave method at auto, or name the rule: --set "optimizer=sgd lr=0.1".',
             )
-        chosen = (
-            replace(config, method="lfd2") if rule is None else replace(config, method="identify", optimizer=rule.text)
-        )
-        prepared = type(self)(chosen)
+        prepared = type(self)(replace(config, method="identify", optimizer=rule.text) if rule else config)
         prepared._reason = against or f"D = {problem.coordinates}, from step 0, by {rule.name if rule else ''}"
+        if rule is None:
+            prepared._take_loss(problem, known)
         return prepared
 
+    def _take_loss(self, problem: Problem, known: Known) -> None:
+        """Judge by loss where that can be; LFD-2 by its weights otherwise.
+
+        Raises:
+            UsageError: method = loss was asked for, but cannot be.
+        """
+        against = ""
+        if problem.coordinates > _LARGEST_BY_LOSS:
+            against = f"D = {problem.coordinates} parameters are more than {_LARGEST_BY_LOSS}"
+        elif len(problem.steps_C) < LossLfd(LossLfd.Config()).min_context:
+            against = f"a context of {len(problem.steps_C)} snapshots is too short for leaps"
+        else:
+            try:
+                PrefixRows.require_room(problem)
+                self._loss = known.loss()
+                against = "" if self._loss else "the stores name no workload that can be built here"
+            except ResourceError as error:
+                against = str(error)
+        if against and self._config.method == "loss":
+            raise UsageError(f"far: method = loss cannot be: {against}.", "Leave method at auto.")
+        self._config = replace(self._config, method="lfd2" if against else "loss")
+        self._reason += f"; not by loss: {against}" if against else "; judged by training loss"
+
     def sums(self, problem: Problem) -> Sums:
-        """Empty sums: those of LFD-2, and for identification the runs themselves."""
+        """Empty sums: those of LFD-2; for identification the runs themselves, for leaps what they start from."""
         require_future("far", self.min_context, problem.steps_C, problem.steps_H)
         with _named():
             sums = self._lfd2[0].sums(problem)
         first = len(self._lfd2) > 1
-        return Runs(problem, sums) if first and self._config.method == "identify" else sums
+        match self._config.method:
+            case "identify" if first:
+                return Runs(problem, sums)
+            case "loss" if first:
+                return Rows(sums, PrefixRows(problem), None)
+            case "loss" if self._leap is not None and self._leap.rows_RCD is not None:
+                leap = self._leap
+                return Rows(sums, None, LeapErrors(problem, leap.forecaster, leap.rows_RCD, leap.scale_S))
+        return sums
 
     def solved(self, problem: Problem, sums: Any) -> Self:
         """The forecaster that the sums determine."""
-        own = sums.lfd2 if isinstance(sums, Runs) else sums
+        own = sums.lfd2 if isinstance(sums, Runs | Rows) else sums
         with _named():
             solved = [candidate.solved(problem, own) for candidate in self._lfd2]
         if len(solved) > 1:
             solved = [min(solved, key=_error_left_out)]
         fitted = type(self)(self._config)
-        fitted._problem, fitted._reason, fitted._lfd2 = problem, self._reason, tuple(solved)
+        fitted._problem, fitted._reason, fitted._lfd2, fitted._leap = problem, self._reason, tuple(solved), self._leap
         left = solved[0].left_out
         assert left is not None
-        fitted._useful_H = left.errors_RKH.sum((0, 1)) < left.persistence_RKH.sum((0, 1))
+        useful_H = left.errors_RKH.sum((0, 1)) < left.persistence_RKH.sum((0, 1))
+        fitted._choice_H = torch.where(useful_H, _LFD2, _KEEP) if self._choice_H is None else self._choice_H
         if isinstance(sums, Runs):
             try:
                 fitted._identify(problem, sums)
             except UNEXPLAINED as error:
                 fitted._reason = f"identification failed ({error}), LFD-2 instead"
+        elif isinstance(sums, Rows):
+            if sums.rows is not None:
+                fitted._judge(problem, sums.rows, require_fitted("far", self._loss))
+            elif sums.errors is not None and (leap := self._leap) is not None:
+                width_SH = sums.errors.counts.quantile() * leap.scale_S[:, None]
+                fitted._leap = replace(leap, rows_RCD=None, width_SH=width_SH)
         return fitted
+
+    def _judge(self, problem: Problem, rows: PrefixRows, loss: TrainingLoss) -> None:
+        """Choose at each horizon what lowers the training loss of runs left out most, or w_n."""
+        rows_RCD, runs = rows.rows_RCD, problem.runs
+        leap = LossLfd(LossLfd.Config()).prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
+        gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)
+        for run in range(runs):
+            kept = leap.loss_at(rows_RCD[run, -1], run)
+            block = Prefix(
+                weights_BCD=rows_RCD[None, run],
+                steps_C=problem.steps_C,
+                layout=problem.layout,
+                start=0,
+                runs_B=(run,),
+            )
+            for h, step in enumerate(problem.steps_H):
+                [[forecast_D]] = self._lfd2[0].forecasts_left_out(block, (step,))
+                gain_2RH[0, run, h] = kept - leap.loss_at(forecast_D.to(rows_RCD.dtype), run)
+            gain_2RH[1, run] = kept - leap.loss_at(leap.leapt_without(rows_RCD[run], run), run)
+        gain_2RH = torch.nan_to_num(gain_2RH, nan=-torch.inf)
+        mean_2H, error_2H = gain_2RH.mean(1), gain_2RH.std(1) / runs**0.5
+        sound_2H = (mean_2H > error_2H) & ((gain_2RH >= 0).double().mean(1) >= _SOUND)
+        best_H = torch.where(sound_2H, mean_2H, -torch.inf).argmax(0)
+        self._choice_H = torch.where(sound_2H.any(0), best_H + _LFD2, _KEEP)
+        if bool((self._choice_H == _LEAP).any()):
+            scale_S = torch.ones(len(problem.layout.floats), dtype=torch.float64)
+            for segment in problem.layout.segments(0, problem.coordinates):
+                part = slice(segment.start, segment.stop)
+                moved = (rows_RCD[:, -1, part] - rows_RCD[:, 0, part]).double().square().mean().sqrt()
+                scale_S[segment.slot] = moved if moved > 0 else 1.0
+            self._leap = _Leap(forecaster=leap, rows_RCD=rows_RCD, scale_S=scale_S, width_SH=None)
 
     def _identify(self, problem: Problem, sums: Runs) -> None:
         prefix_RCD, truth_RHD = sums.prefix_RCD, sums.truth_RHD
         moved = float((truth_RHD[:, -1] - prefix_RCD[:, 0]).square().mean().sqrt())
         rounding = sums.rounding * float(truth_RHD.square().mean().sqrt())
-        experiment = self._experiment(problem, max(1e-9 * moved, rounding, 1e-30))
-        found = identify(experiment, prefix_RCD, truth_RHD[:, -1])
         std_HD = truth_RHD.std(0, correction=0)
         bounds_2HD = torch.stack([truth_RHD.amin(0) - _MARGIN * std_HD, truth_RHD.amax(0) + _MARGIN * std_HD])
-        ours_RHD, std_RHD = forecast(experiment, found.without_each(), prefix_RCD)
-        ours_RHD = ours_RHD.clamp(*bounds_2HD)
         block = Prefix(
             weights_BCD=prefix_RCD,
             steps_C=problem.steps_C,
@@ -239,17 +407,57 @@ class Far(SolvedForecaster):
             runs_B=tuple(range(problem.runs)),
         )
         theirs_RHD = self._lfd2[0].forecasts_left_out(block, problem.steps_H)
-        share_H = _share(ours_RHD - truth_RHD, theirs_RHD - truth_RHD)
-        error_RHD = ours_RHD + share_H[:, None] * (theirs_RHD - ours_RHD) - truth_RHD
-        self._physics = _Physics(
-            experiment=experiment,
-            population=found.population,
-            share_H=share_H,
+        if not self._solve_without_noise(problem, rounding, bounds_2HD, prefix_RCD, truth_RHD, theirs_RHD):
+            experiment = self._experiment(problem, max(1e-9 * moved, rounding, 1e-30))
+            found = identify(experiment, prefix_RCD, truth_RHD[:, -1])
+            ours_RHD, std_RHD = forecast(experiment, found.without_each(), prefix_RCD)
+            ours_RHD = ours_RHD.clamp(*bounds_2HD)
+            share_H = _share(ours_RHD - truth_RHD, theirs_RHD - truth_RHD)
+            error_RHD = ours_RHD + share_H[:, None] * (theirs_RHD - ours_RHD) - truth_RHD
+            self._physics = _Physics(
+                experiment=experiment,
+                population=found.population,
+                share_H=share_H,
+                bounds_2HD=bounds_2HD,
+                stretch_HD=quantile((error_RHD / std_RHD.clamp(min=experiment.precision)).flatten(1)).view_as(std_HD),
+            )
+            kept_RHD = prefix_RCD[:, -1:] - truth_RHD
+            useful_H = error_RHD.square().sum((0, 2)) < kept_RHD.square().sum((0, 2))
+            self._choice_H = torch.where(useful_H, _LFD2, _KEEP)
+
+    def _solve_without_noise(
+        self,
+        problem: Problem,
+        rounding: float,
+        bounds_2HD: Tensor,
+        prefix_RCD: Tensor,
+        truth_RHD: Tensor,
+        theirs_RHD: Tensor,
+    ) -> bool:
+        """Take training for free of noise, if solving each run's prefix forecasts the training runs' targets so well.
+
+        What is solved is a prefix alone, so that each training run is judged as a new one would be.
+        """
+        if prefix_RCD[0, 1:].numel() <= noiseless.unknowns(problem.coordinates):
+            return False  # so few numbers are always explained
+        physics = _Physics(
+            experiment=self._experiment(problem, max(rounding, 1e-30)),
+            population=None,
+            share_H=torch.zeros(len(problem.steps_H), dtype=torch.float64),
             bounds_2HD=bounds_2HD,
-            stretch_HD=quantile((error_RHD / std_RHD.clamp(min=experiment.precision)).flatten(1)).view_as(std_HD),
+            stretch_HD=torch.ones_like(truth_RHD[0]),
         )
-        kept_RHD = prefix_RCD[:, -1:] - truth_RHD
-        self._useful_H = error_RHD.square().sum((0, 2)) < kept_RHD.square().sum((0, 2))
+        ours_RHD, std_RHD, sound_R = _identified(physics, prefix_RCD)
+        if float(sound_R.double().mean()) < 1 - _MOST_UNEXPLAINED:
+            return False
+        error_RHD = (ours_RHD - truth_RHD)[sound_R]
+        theirs = (theirs_RHD - truth_RHD)[sound_R].square().sum((0, 2))
+        if not bool((error_RHD.square().sum((0, 2)) <= _EXACT * theirs).all()):
+            return False
+        stretch_HD = quantile((error_RHD / std_RHD[sound_R]).flatten(1)).view_as(bounds_2HD[0])
+        self._physics = replace(physics, stretch_HD=stretch_HD)
+        self._choice_H = torch.full((len(problem.steps_H),), _LFD2)
+        return True
 
     def _experiment(self, problem: Problem, precision: float) -> Experiment:
         return Experiment(
@@ -265,15 +473,22 @@ class Far(SolvedForecaster):
         return self._physics is None and len(self._lfd2) == 1 and self._lfd2[0].unsettled
 
     def notes(self) -> dict[str, str | float | list[float]]:
-        """Which method and why; the steps at which w_n is kept; LFD-2's share."""
-        problem, useful_H = require_fitted("far", self._problem), require_fitted("far", self._useful_H)
-        kept = [step for step, useful in zip(problem.steps_H, useful_H.tolist(), strict=True) if not useful]
+        """Which method and why; the steps at which w_n is kept or leaps are made; LFD-2's share."""
+        problem, choice_H = require_fitted("far", self._problem), require_fitted("far", self._choice_H)
+
+        def at(choice: int) -> list[float]:
+            pairs = zip(problem.steps_H, choice_H.tolist(), strict=True)
+            return [float(step) for step, chosen in pairs if chosen == choice]
+
         found: dict[str, str | float | list[float]] = {
-            "chosen": "identify" if self._physics else "lfd2",
+            "chosen": "identify" if self._physics else self._config.method.replace("identify", "lfd2"),
             "because": self._reason,
-            "keeps_w_n_at": [float(step) for step in kept],
+            "keeps_w_n_at": at(_KEEP),
         }
+        if self._leap is not None:
+            found["leaps_at"] = at(_LEAP)
         if self._physics is not None:
+            found["noise"] = "none" if self._physics.population is None else "estimated"
             found["share_of_lfd2"] = self._physics.share_H.tolist()
         return found
 
@@ -287,33 +502,35 @@ class Far(SolvedForecaster):
         rows_H = self._rows(prefix, steps_H)
         forecast_BHD = self._lfd2[0].forecast(prefix, steps_H)
         if self._physics is not None:
-            ours_BHD, _ = self._identified(prefix, rows_H)
-            share_H1 = self._physics.share_H[rows_H, None]
-            mixed_BHD = ours_BHD + share_H1 * (forecast_BHD.cpu().double() - ours_BHD)
+            ours_BHD, _, sound_B = _identified(self._physics, prefix.weights_BCD.cpu().double())
+            share_BH1 = torch.where(sound_B[:, None], self._physics.share_H[rows_H], 1.0)[..., None]
+            mixed_BHD = ours_BHD[:, rows_H] + share_BH1 * (forecast_BHD.cpu().double() - ours_BHD[:, rows_H])
             forecast_BHD = mixed_BHD.to(forecast_BHD.dtype).to(forecast_BHD.device)
-        keep_H11 = ~require_fitted("far", self._useful_H)[rows_H, None].to(forecast_BHD.device)
-        return torch.where(keep_H11, prefix.weights_BCD[:, -1:], forecast_BHD)
+        choice_H1 = require_fitted("far", self._choice_H)[rows_H, None].to(forecast_BHD.device)
+        if self._leap is not None:
+            leapt_BHD = self._leap.forecaster.forecast(prefix, steps_H)
+            forecast_BHD = torch.where(choice_H1 == _LEAP, leapt_BHD, forecast_BHD)
+        return torch.where(choice_H1 == _KEEP, prefix.weights_BCD[:, -1:], forecast_BHD)
 
     def half_width(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor | None:
         """Half of the 90 % interval; of the forecast that is not kept back where w_n is kept."""
         rows_H = self._rows(prefix, steps_H)
-        if self._physics is None:
-            return self._lfd2[0].half_width(prefix, steps_H)
-        _, std_BHD = self._identified(prefix, rows_H)
-        half_BHD = self._physics.stretch_HD[rows_H] * std_BHD.clamp(min=self._physics.experiment.precision)
-        return half_BHD.to(prefix.weights_BCD.dtype).to(prefix.weights_BCD.device)
-
-    def _identified(self, prefix: Prefix, rows_H: list[int]) -> tuple[Tensor, Tensor]:
-        """Forecasts and their standard deviations, float64, on the CPU (MPS has no float64); w_n where they diverge."""
         physics = self._physics
-        assert physics is not None
-        prefix_BCD = prefix.weights_BCD.cpu().double()
-        try:
-            found_BHD, std_BHD = forecast(physics.experiment, physics.population, prefix_BCD)
-        except UNEXPLAINED:
-            found_BHD = prefix_BCD[:, -1:].expand(-1, len(physics.experiment.targets), -1)
-            std_BHD = (physics.bounds_2HD[1] - physics.bounds_2HD[0]).expand_as(found_BHD)
-        return found_BHD.clamp(*physics.bounds_2HD)[:, rows_H], std_BHD[:, rows_H]
+        if physics is None:
+            half_BHD = self._lfd2[0].half_width(prefix, steps_H)
+            leap = self._leap
+            if half_BHD is None or leap is None or leap.width_SH is None:
+                return half_BHD
+            choice_H1 = require_fitted("far", self._choice_H)[rows_H, None].to(half_BHD.device)
+            parts = [
+                leap.width_SH[part.slot, rows_H, None].expand(-1, part.stop - part.start) for part in prefix.segments
+            ]
+            return torch.where(choice_H1 == _LEAP, torch.cat(parts, dim=-1).to(half_BHD), half_BHD)
+        _, std_BHD, sound_B = _identified(physics, prefix.weights_BCD.cpu().double())
+        half_BHD = physics.stretch_HD * std_BHD.clamp(min=physics.experiment.precision)
+        widest_HD = (physics.bounds_2HD[1] - physics.bounds_2HD[0]) / 2
+        half_BHD = torch.where(sound_B[:, None, None], half_BHD, widest_HD)[:, rows_H]
+        return half_BHD.to(prefix.weights_BCD.dtype).to(prefix.weights_BCD.device)
 
     def _rows(self, prefix: Prefix, steps_H: Sequence[int]) -> list[int]:
         prefix.require("far", self.min_context, steps_H)
@@ -337,19 +554,26 @@ class Far(SolvedForecaster):
         return [targets.index(step) for step in steps_H]
 
     def tensors(self) -> dict[str, Tensor]:
-        """LFD-2's, the useful horizons, and what was identified."""
-        useful_H = require_fitted("far", self._useful_H)
-        found = {"useful": useful_H.double()} | {f"lfd2.{key}": value for key, value in self._lfd2[0].tensors().items()}
+        """LFD-2's and the leap's, what is chosen at each horizon, and what was identified."""
+        choice_H = require_fitted("far", self._choice_H)
+        found = {"choice": choice_H.double()} | {f"lfd2.{key}": value for key, value in self._lfd2[0].tensors().items()}
+        if self._leap is not None:
+            found |= {f"leap.{key}": value for key, value in self._leap.forecaster.tensors().items()}
+            found |= {"leap_width": require_fitted("far", self._leap.width_SH).contiguous()}
         if (physics := self._physics) is None:
             return found
-        return found | {
-            "mean": physics.population.mean_RP[0].contiguous(),
-            "covariance": physics.population.covariance_RPP[0].contiguous(),
-            "noise": physics.population.noise.contiguous(),
+        found |= {
             "precision": torch.tensor([physics.experiment.precision], dtype=torch.float64),
             "share": physics.share_H.contiguous(),
             "bounds": physics.bounds_2HD.contiguous(),
             "stretch": physics.stretch_HD.contiguous(),
+        }
+        if (population := physics.population) is None:
+            return found
+        return found | {
+            "mean": population.mean_RP[0].contiguous(),
+            "covariance": population.covariance_RPP[0].contiguous(),
+            "noise": population.noise.contiguous(),
         }
 
     @classmethod
@@ -358,25 +582,54 @@ class Far(SolvedForecaster):
         fitted = cls(config)
         horizons, size = len(problem.steps_H), problem.coordinates
         fitted._problem = problem
-        fitted._useful_H = stored("far", tensors, "useful", (horizons,)) > 0
+        fitted._choice_H = stored("far", tensors, "choice", (horizons,)).long()
+        if "leap_width" in tensors:
+            own = {key.removeprefix("leap."): value for key, value in tensors.items() if key.startswith("leap.")}
+            width_SH = stored("far", tensors, "leap_width", (len(problem.layout.floats), horizons))
+            leap = LossLfd.restore(LossLfd.Config(), problem, own)
+            fitted._leap = _Leap(forecaster=leap, rows_RCD=None, scale_S=torch.ones(len(width_SH)), width_SH=width_SH)
         parts = {key.removeprefix("lfd2."): value for key, value in tensors.items() if key.startswith("lfd2.")}
         grouped = "delta" in parts and len(parts["delta"]) > 1
         inner = _lfd2("tensor" if grouped else "none", intervals="width" in parts)
         fitted._lfd2 = (type(inner).restore(inner.config, problem, parts),)
-        if "mean" in tensors:
-            unknowns = size + size * (size + 1) // 2
-            fitted._physics = _Physics(
-                experiment=fitted._experiment(problem, float(stored("far", tensors, "precision", (1,)))),
-                population=Population(
+        if "precision" in tensors:
+            unknowns = noiseless.unknowns(size)
+            population = None
+            if "mean" in tensors:
+                population = Population(
                     mean_RP=stored("far", tensors, "mean", (unknowns,))[None],
                     covariance_RPP=stored("far", tensors, "covariance", (unknowns, unknowns))[None],
                     noise=stored("far", tensors, "noise", (2,)),
-                ),
+                )
+            fitted._physics = _Physics(
+                experiment=fitted._experiment(problem, float(stored("far", tensors, "precision", (1,)))),
+                population=population,
                 share_H=stored("far", tensors, "share", (horizons,)),
                 bounds_2HD=stored("far", tensors, "bounds", (2, horizons, size)),
                 stretch_HD=stored("far", tensors, "stretch", (horizons, size)),
             )
         return fitted
+
+
+def _identified(physics: _Physics, prefix_RCD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Forecasts at all fitted targets within bounds, their standard deviations, [R, H, D], and which runs have one.
+
+    In float64, on the CPU (MPS has no float64).
+    """
+    experiment, bounds_2HD = physics.experiment, physics.bounds_2HD
+    try:
+        if physics.population is None:
+            rule, precision = experiment.rule, experiment.precision
+            solved = noiseless.solve(rule, prefix_RCD, experiment.seen, bounds_2HD[:, -1], precision)
+            found_RHD, std_RHD = noiseless.forecast(rule, solved, prefix_RCD[:, 0], experiment.targets, precision)
+            sound_R = solved.explained_R & (found_RHD.isfinite() & std_RHD.isfinite()).all(-1).all(-1)
+        else:
+            found_RHD, std_RHD = forecast(experiment, physics.population, prefix_RCD)
+            sound_R = torch.ones(len(prefix_RCD), dtype=torch.bool)
+    except UNEXPLAINED:
+        found_RHD = prefix_RCD[:, -1:].repeat(1, len(experiment.targets), 1)
+        std_RHD, sound_R = torch.ones_like(found_RHD), torch.zeros(len(prefix_RCD), dtype=torch.bool)
+    return torch.nan_to_num(found_RHD).clamp(*bounds_2HD), std_RHD, sound_R
 
 
 def _lfd2(groups: Literal["none", "tensor"], *, intervals: bool = True) -> Lfd2:

@@ -26,7 +26,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from farcli.forecasters.update_rules import State, UpdateRule
+from farcli.forecasters.update_rules import UpdateRule, roll
 
 UNEXPLAINED = (ArithmeticError, torch.linalg.LinAlgError)  # pyright: ignore[reportPrivateImportUsage]
 """What is raised where no quadratic explains the runs."""
@@ -143,19 +143,17 @@ def simulate(
     size = start_RD.shape[-1]
     optimum_RD, factor_RDD = unpack(theta_RP, size)
     hessian_columns, factor_columns = (_columns(each) for each in (factor_RDD @ factor_RDD.mT, factor_RDD))
-    weights_RD, found = start_RD, []
-    held: State = ()
-    for count in range(1, marks[-1] + 1):
+
+    def gradient(weights_RD: Tensor, count: int) -> Tensor:
         away_RD = weights_RD - optimum_RD
         gradient_RD = _times(hessian_columns, away_RD)
-        if noise is not None and draws_URD is not None:
-            excess_R1 = 0.5 * (away_RD * gradient_RD).sum(-1, keepdim=True)
-            kick_RD = _times(factor_columns, draws_URD[count - 1])
-            gradient_RD = gradient_RD + (noise[0] + noise[1] * excess_R1).sqrt() * kick_RD
-        weights_RD, held = rule.step(weights_RD, gradient_RD, held, count)
-        if count in marks:
-            found.append(weights_RD)
-    return torch.stack(found, dim=-2)
+        if noise is None or draws_URD is None:
+            return gradient_RD
+        excess_R1 = 0.5 * (away_RD * gradient_RD).sum(-1, keepdim=True)
+        kick_RD = _times(factor_columns, draws_URD[count - 1])
+        return gradient_RD + (noise[0] + noise[1] * excess_R1).sqrt() * kick_RD
+
+    return roll(rule, start_RD, marks, gradient)
 
 
 def _columns(matrix_RDD: Tensor) -> list[Tensor]:

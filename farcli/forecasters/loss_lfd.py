@@ -28,6 +28,12 @@ from farcli.forecasters.base import (
 from farcli.forecasters.leave_one_out import LEAST_RUNS
 
 _FOLDS = 4
+_JUDGING = 3
+"""Batches of each run, its last ones, that no fit sees."""
+_SHRUNK = (1.0, 0.7, 0.4)
+"""A leap is shortened to one of these, as runs left out advise."""
+_SAFE = 0.95
+"""The share of runs left out that should not be worse off."""
 _ROWS = 4
 """w_0, w_{n−2}, w_{n−1}, w_n."""
 
@@ -37,6 +43,16 @@ class PrefixRows(Sums):
     """The four snapshots of every run, by position: what other parts hold is 0 here, so parts add up."""
 
     def __init__(self, problem: Problem) -> None:
+        self.require_room(problem)
+        self.rows_RCD = torch.zeros(problem.runs, _ROWS, problem.coordinates)
+
+    @staticmethod
+    def require_room(problem: Problem) -> None:
+        """Refuse what the budget cannot hold.
+
+        Raises:
+            ResourceError: names the largest D.
+        """
         need_each = 2 * _ROWS * 4 * problem.runs  # twice: the parts of a pass are merged
         if need_each * problem.coordinates > problem.memory:
             raise ResourceError(
@@ -45,7 +61,6 @@ class PrefixRows(Sums):
                 f"which allows D = {problem.memory // need_each}.",
                 "Raise --memory, or learn from fewer runs with --train-runs.",
             )
-        self.rows_RCD = torch.zeros(problem.runs, _ROWS, problem.coordinates)
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in; the future is not looked at."""
@@ -70,8 +85,9 @@ class LossLfd(SolvedForecaster):
 
     Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches of their training data;
     held-out data, which `eval` reports on, are never looked at. No future weights are needed, and the forecast is the
-    same at every step: where loss is least along these directions. Runs are left out in up to 4 folds: where their
-    loss at ŵ, on batches of its own, is not below that at w_n by one standard error, a = b = c = 0 and w_n is kept.
+    same at every step: where loss is least along these directions. Runs are left out in up to 4 folds, and their loss
+    is taken on batches of its own: of the whole leap and shorter ones that is chosen which lowers it most, among those
+    that leave 95 % of the runs no worse; where none lowers it by one standard error, a = b = c = 0 and w_n is kept.
 
     Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and two more.
     Differs: no target step; BatchNorm statistics are those at w_n.
@@ -100,6 +116,7 @@ class LossLfd(SolvedForecaster):
         self._loss: TrainingLoss | None = None
         self._problem: Problem | None = None
         self._theta_SJ: Tensor | None = None
+        self._without: dict[int, Tensor] = {}
         self._gain = (float("nan"), float("nan"))
 
     @property
@@ -155,29 +172,45 @@ class LossLfd(SolvedForecaster):
     def solved(self, problem: Problem, sums: PrefixRows) -> Self:
         """Fit on all runs, and on folds of them to see whether it helps."""
         rows_RCD, runs = sums.rows_RCD, problem.runs
-        gains = []
-        for fold in range(min(_FOLDS, runs)):
-            out = range(fold, runs, min(_FOLDS, runs))
+        folds = min(_FOLDS, runs)
+        without: dict[int, Tensor] = {}
+        for fold in range(folds):
+            out = range(fold, runs, folds)
             theta_SJ = self._descended(problem, rows_RCD, [run for run in range(runs) if run not in out])
-            kept, leapt = (
-                [self._loss_at(problem, rows_RCD, each, run) for run in out] for each in (0 * theta_SJ, theta_SJ)
-            )
-            gains += [before - after for before, after in zip(kept, leapt, strict=True)]
-        gain_R = torch.tensor(gains, dtype=torch.float64)
+            without |= dict.fromkeys(out, theta_SJ)
+        kept_R = [self.loss_at(rows_RCD[run, -1], run) for run in range(runs)]
+        gain_QR = torch.tensor(
+            [
+                [
+                    kept - self.loss_at(_leapt(_counts(problem), rows_RCD[run], share * without[run]), run)
+                    for run, kept in enumerate(kept_R)
+                ]
+                for share in _SHRUNK
+            ],
+            dtype=torch.float64,
+        )
+        safe_Q = (gain_QR >= 0).double().mean(1).clamp(max=_SAFE)
+        allowed_Q = torch.where(safe_Q == safe_Q.max(), torch.nan_to_num(gain_QR.mean(1), nan=-torch.inf), -torch.inf)
+        gain_R, share = gain_QR[allowed_Q.argmax()], _SHRUNK[int(allowed_Q.argmax())]
         error = float(gain_R.std() / math.sqrt(runs))
         fitted = type(self)(self._config)
         fitted._loss, fitted._problem, fitted._gain = self._loss, problem, (float(gain_R.mean()), error)
-        fitted._theta_SJ = self._descended(problem, rows_RCD, range(runs)).double()
         if not fitted._gain[0] > error:  # NaN included
-            fitted._theta_SJ.zero_()
+            share = 0.0
+        fitted._theta_SJ = share * self._descended(problem, rows_RCD, range(runs)).double()
+        fitted._without = {run: share * theta_SJ for run, theta_SJ in without.items()}
         return fitted
+
+    def leapt_without(self, rows_CD: Tensor, run: int) -> Tensor:
+        """What a leap fitted without it says of a training run, just after the fit: [D] from its four snapshots."""
+        return _leapt(_counts(require_fitted("loss-lfd", self._problem)), rows_CD, self._without[run])
 
     def _descended(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
         config, loss, counts_S = self._config, require_fitted("loss-lfd", self._loss), _counts(problem)
         theta_SJ = torch.zeros(len(problem.layout.floats), 3, requires_grad=True)
         optimizer = torch.optim.Adam([theta_SJ], lr=config.lr)
         generator = torch.Generator().manual_seed(config.seed)
-        train = max(1, loss.batches - 1)  # the last batch is for judging
+        train = max(1, loss.batches - _JUDGING)
         best = torch.zeros_like(theta_SJ)
         for update in range(config.updates):
             optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * update / config.updates)) / 2
@@ -194,9 +227,11 @@ class LossLfd(SolvedForecaster):
         return best
 
     @torch.no_grad()
-    def _loss_at(self, problem: Problem, rows_RCD: Tensor, theta_SJ: Tensor, run: int) -> float:
-        loss, counts_S = require_fitted("loss-lfd", self._loss), _counts(problem)
-        return float(loss.at(_leapt(counts_S, rows_RCD[run], theta_SJ), run, loss.batches - 1))
+    def loss_at(self, weights_D: Tensor, run: int) -> float:
+        """A training run's loss at these weights, on its batches that no fit sees."""
+        loss = require_fitted("loss-lfd", self._loss)
+        judging = range(max(loss.batches - _JUDGING, min(1, loss.batches - 1)), loss.batches)
+        return sum(float(loss.at(weights_D, run, batch)) for batch in judging) / len(judging)
 
     def notes(self) -> dict[str, str | float | list[float]]:
         """How much lower the training loss of runs left out was at the forecast than at w_n, and its standard error."""

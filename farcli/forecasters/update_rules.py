@@ -3,6 +3,7 @@
 Shape suffixes: leading axes are a batch; D coordinates.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args, get_type_hints
 
@@ -115,6 +116,24 @@ class UpdateRule:
             case "adagrad":
                 total = (state[0] if state else 0.0) + gradient * gradient
                 return weights - self.lr * gradient / (_root(total) + self.eps), (total,)
+
+
+def roll(rule: UpdateRule, start: Tensor, marks: Sequence[int], gradient: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Run an optimiser: weights after each count of updates in `marks`, [..., marks, D].
+
+    Args:
+        rule: the optimiser.
+        start: w_0, [..., D].
+        marks: increasing counts of updates.
+        gradient: the gradient at given weights, for the update of a given number, from 1.
+    """
+    weights, found = start, []
+    held: State = ()
+    for count in range(1, marks[-1] + 1):
+        weights, held = rule.step(weights, gradient(weights, count), held, count)
+        if count in marks:
+            found.append(weights)
+    return torch.stack(found, dim=-2)
 
 
 def _root(values: Tensor) -> Tensor:

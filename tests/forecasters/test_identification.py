@@ -271,3 +271,50 @@ def test_far_with_too_few_runs() -> None:
     for rule in ("sgd", None):
         with pytest.raises(UsageError, match=r"far: .*needs at least 3 training runs, found 2"):
             far_on(weights_RTD, rule)
+
+
+# -------------------------------------------------------------- without noise
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_far_solves_runs_without_noise(name: str) -> None:
+    """Four exact updates determine gradient and Hessian, adaptive rules' by what ε leaves in the last digits."""
+    weights_RTD = trained(name, *quadratics(16, 10))
+    fitted = far_on(weights_RTD[:12], name)
+    assert fitted.notes()["noise"] == "none"
+    prefix, truth_BHD = block_of(weights_RTD[12:])
+    forecast_BHD = fitted.forecast(prefix, (30, LAST))
+    torch.testing.assert_close(forecast_BHD, truth_BHD, rtol=0, atol=1e-5)
+    half_BHD = fitted.half_width(prefix, (30, LAST))
+    assert half_BHD is not None
+    assert (half_BHD < 1e-2).all()  # runs differ by .1; RMSProp near an optimum amplifies rounding
+    assert float(((forecast_BHD - truth_BHD).abs() <= half_BHD).double().mean()) > 0.7
+    again = Far.restore(fitted.config, problem_of(12), fitted.tensors())
+    assert torch.equal(again.forecast(prefix, (30, LAST)), forecast_BHD)
+
+
+def test_a_run_that_no_quadratic_explains_is_forecast_by_lfd2() -> None:
+    weights_RTD = trained("adam", *quadratics(16, 11))
+    fitted = far_on(weights_RTD[:12], "adam")
+    prefix, truth_BHD = block_of(weights_RTD[12:])
+    bent_BCD = prefix.weights_BCD.clone()
+    bent_BCD[0, 2] += 1e-3
+    bent = replace(prefix, weights_BCD=bent_BCD)
+    forecast_BHD, half_BHD = fitted.forecast(bent, (LAST,)), fitted.half_width(bent, (LAST,))
+    assert half_BHD is not None
+    lfd2_BHD = far_on(weights_RTD[:12], None).forecast(replace(bent, weights_BCD=bent_BCD[:, [0, -1]]), (LAST,))
+    torch.testing.assert_close(forecast_BHD[0], lfd2_BHD[0])
+    torch.testing.assert_close(forecast_BHD[1:], truth_BHD[1:, 1:], rtol=0, atol=1e-5)
+    assert (half_BHD[0] > 1000 * half_BHD[1:]).all()
+
+
+def test_noise_is_not_taken_for_none() -> None:
+    """Noise beyond rounding, and float32, whose rounding hides what adaptive rules leave of a gradient's size."""
+    noisy_RTD = trained("sgd", *quadratics(12, 12), noise=1e-6)
+    assert far_on(noisy_RTD, "sgd").notes()["noise"] == "estimated"
+    with_two_RTD = trained("sgd", *quadratics(12, 13))
+    problem = replace(problem_of(12), steps_C=(0, 1, 2))  # 4 numbers, 5 unknowns
+    forecaster = Far(Far.Config()).prepared(problem, known("sgd"))
+    prefix, truth_BHD = block_of(with_two_RTD)
+    prefix = replace(prefix, weights_BCD=prefix.weights_BCD[:, :3], steps_C=(0, 1, 2))
+    assert solve(forecaster, problem, lambda: [(prefix, truth_BHD)]).notes()["noise"] == "estimated"

@@ -1,6 +1,7 @@
 """loss-lfd on losses whose least point is known."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from farcli.errors import UsageError
 from farcli.fitting import solve
 from farcli.forecasters.base import Known, Prefix, Problem, TrainingLoss
+from farcli.forecasters.far import Far
 from farcli.forecasters.loss_lfd import LossLfd
 from farcli.layout import layout_of
 
@@ -82,3 +84,59 @@ def test_what_it_needs() -> None:
     other = replace(prefix_of(rows_RCD), layout=layout_of([("one", (5,), "float32", "parameter")]))
     with pytest.raises(UsageError, match="loss-lfd was fitted on a network with 'one' of shape"):
         fit(rows_RCD, Distance(rows_RCD[:, -1]), updates=5).forecast(other, STEPS_H)
+
+
+# ------------------------------------------------------------- far, judged by loss
+
+
+def far_on(rows_RCD: Tensor, truth_RHD: Tensor, loss: TrainingLoss) -> Far:
+    runs = len(rows_RCD)
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=runs, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+    forecaster = Far(Far.Config()).prepared(problem, Known(loss=lambda: loss))
+    kept = [STEPS_C.index(step) for step in forecaster.observed(STEPS_C)]
+    problem = replace(problem, steps_C=forecaster.observed(STEPS_C))
+    prefix = replace(prefix_of(rows_RCD[:, kept]), steps_C=problem.steps_C)
+    return solve(forecaster, problem, lambda: [(prefix, truth_RHD)])
+
+
+def test_far_leaps_where_that_lowers_the_loss_of_runs_left_out() -> None:
+    rows_RCD = normal(12, 4, 5, seed=3).cumsum(1)
+    points_RD = rows_RCD[:, -1] + 0.4 * (rows_RCD[:, -1] - rows_RCD[:, -2])
+    truth_RHD = points_RD[:, None] + 0.05 * normal(12, 2, 5, seed=4)
+    fitted = far_on(rows_RCD, truth_RHD, Distance(points_RD))
+    assert (fitted.notes()["chosen"], fitted.notes()["leaps_at"]) == ("loss", [40.0, 50.0])
+    forecast_BHD = fitted.forecast(prefix_of(rows_RCD), STEPS_H)
+    torch.testing.assert_close(forecast_BHD, points_RD[:, None].expand(-1, 2, -1), atol=0.1, rtol=0)
+    half_BHD = fitted.half_width(prefix_of(rows_RCD), STEPS_H)
+    assert half_BHD is not None
+    assert 0.85 <= float(((forecast_BHD - truth_RHD).abs() <= half_BHD).double().mean()) <= 1
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=12, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+    again = Far.restore(fitted.config, problem, fitted.tensors())
+    assert torch.equal(again.forecast(prefix_of(rows_RCD), STEPS_H), forecast_BHD)
+    assert torch.equal(again.half_width(prefix_of(rows_RCD), STEPS_H), half_BHD)
+
+
+def test_far_keeps_w_n_where_better_weights_have_a_higher_loss() -> None:
+    """All runs go on exactly as LFD-2 says, while loss is least where they are."""
+    rows_RCD = normal(12, 4, 5, seed=5).cumsum(1)
+    moved_RD = rows_RCD[:, -1] - rows_RCD[:, 0]
+    truth_RHD = torch.stack([rows_RCD[:, -1] + part * moved_RD for part in (0.5, 0.8)], dim=1)
+    fitted = far_on(rows_RCD, truth_RHD, Distance(rows_RCD[:, -1]))
+    assert fitted.notes()["keeps_w_n_at"] == [40.0, 50.0]
+    assert torch.equal(fitted.forecast(prefix_of(rows_RCD), (50,))[:, 0], rows_RCD[:, -1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory": 1000}, "which allows D = "),
+        ({"steps_C": (0, 10)}, "a context of 2 snapshots is too short"),
+        ({"coordinates": 2_000_000}, "D = 2000000 parameters are more than 1000000"),
+    ],
+)
+def test_far_says_why_it_does_not_judge_by_loss(changes: dict[str, Any], message: str) -> None:
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=12, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+    known = Known(loss=lambda: Distance(torch.zeros(12, 5)))
+    assert Far(Far.Config()).prepared(replace(problem, **changes), known).config.method == "lfd2"
+    with pytest.raises(UsageError, match=f"far: method = loss cannot be: .*{message}"):
+        Far(Far.Config(method="loss")).prepared(replace(problem, **changes), known)
