@@ -245,6 +245,16 @@ class Saved:
             ],
         )
 
+    def changed(self, model: nn.Module) -> str | None:
+        """The first parameter or buffer that is no longer what it was; None where all are."""
+        present = (*model.named_parameters(), *model.named_buffers())
+        if len(present) != len(self.values):
+            return "the number of tensors"
+        for (name, tensor), value in zip(present, self.values, strict=True):
+            if not torch.equal(tensor, value) and not torch.equal(tensor.nan_to_num(), value.nan_to_num()):
+                return name
+        return None
+
     @torch.no_grad()
     def restore(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Put everything back, bit for bit; tensors stay the same objects.

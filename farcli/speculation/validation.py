@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from farcli.errors import FarcliError, NonFiniteError, UsageError
+from farcli.speculation.trained import Saved
 from farcli.workloads.base import evaluating
 
 
@@ -38,7 +39,10 @@ class Validation(Protocol):
 
 
 class Function(Validation):
-    """A function of the user's: one loss, always of the same data, timed against the training's steps."""
+    """A function of the user's: one loss, always of the same data, timed against the training's steps.
+
+    It must leave the network as it found it: one that changes weights or buffers is an error, and they are put back.
+    """
 
     def __init__(self, function: Callable[[nn.Module], float], step_seconds: Callable[[], float]) -> None:
         self._function = function
@@ -55,6 +59,7 @@ class Function(Validation):
         """The function's loss, with the model in evaluation mode."""
         began = perf_counter()
         drawn = random.getstate(), np.random.get_state()
+        own = Saved.of(model, ())
         try:
             with evaluating(model):
                 loss = float(self._function(model))
@@ -65,7 +70,15 @@ class Function(Validation):
         finally:
             random.setstate(drawn[0])
             np.random.set_state(drawn[1])
-        self._took = perf_counter() - began
+            changed = own.changed(model)
+            if changed is not None:
+                own.restore(model, ())
+            self._took = perf_counter() - began
+        if changed is not None:
+            raise UsageError(
+                f"leap: the validation function changed {changed!r} of the network.",
+                "It has to leave weights and buffers as they are; let it work on a copy.",
+            )
         if isnan(loss):
             raise NonFiniteError("leap: the validation function returned NaN, expected a loss.")
         return [loss]

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from farcli.artefact import load
 from farcli.errors import StoreError, UsageError
-from farcli.layout import Layout, layout_of
+from farcli.layout import Layout, Slot, layout_of
 from farcli.speculation.arms import build_predictor
 from farcli.speculation.base import Moments, Observed
 from farcli.speculation.predictors.spectral import orthogonal
@@ -251,8 +251,7 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LFD-2 fitted on six networks of `LAYOUT` with a buffer, snapshots ten steps apart, 10 and 30 steps ahead."""
     home = tmp_path_factory.mktemp("fitted")
     random = np.random.default_rng(11)
-    slots = [(slot.name, slot.shape, slot.dtype, slot.role) for slot in LAYOUT.floats]
-    layout = layout_of([*slots, ("running_mean", (4,), "float32", "buffer")], {})
+    layout = Layout((*LAYOUT.slots, Slot(name="mean", shape=(4,), dtype="float32", offset=LAYOUT.size, role="buffer")))
     steps = list(range(0, 80, 10))
     limit, first = random.normal(size=(2, 6, layout.size))
     with TrajectoryWriter.create(home / "runs.zarr", layout, range(6), planned_steps=steps) as writer:
