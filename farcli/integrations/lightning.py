@@ -26,7 +26,9 @@ class RecorderCallback(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Start recording: optimisers are made, and a checkpoint is loaded if the Trainer resumes."""
-        options = {"start_step": int(trainer.global_step), **self._options}
+        # Lightning counts the steps of several optimisers together; their own states count each.
+        start = int(trainer.global_step) if len(trainer.optimizers) == 1 else None
+        options = {"start_step": start, **self._options}
         self._recorder = Recorder(pl_module, list(trainer.optimizers), self._store, **options)
         self._recorder.__enter__()
 

@@ -337,7 +337,7 @@ class Session:
         self._careful_at_end(finish=not crashed)
         self._off = True
         if not self._recorded and not self._fatal and self._should_speak():
-            say(f"no optimiser ran: nothing was recorded, {self.plan.output} was not written.")
+            say(f"no optimiser ran that could be recorded: {self.plan.output} was not written.")
             self._fatal = True
 
     def _careful_at_end(self, *, finish: bool) -> None:

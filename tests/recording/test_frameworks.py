@@ -154,8 +154,9 @@ def test_flattened_parameters_are_refused_in_one_line_and_trained_as_ever(bench)
     ran = bench.record("--every", 2, command=TORCHRUN)
     assert ran.code == 0, ran.err
     assert sorted(ran.out.splitlines()) == sorted(plain.out.splitlines())
-    assert len(ran.said) == 1
-    assert "use fully_shard (FSDP2)" in ran.said[0]
+    assert len(ran.said) == 2
+    assert "use fully_shard (FSDP2)" in ran.said[0]  # from one of the processes
+    assert "no optimiser ran that could be recorded" in ran.said[1]  # from the launcher
 
 
 def test_spawned_ddp(bench):
@@ -339,6 +340,47 @@ def test_lightning_callback(bench):
     callback = """from farcli.integrations.lightning import RecorderCallback
     callbacks = [RecorderCallback("run.zarr", every=4)]"""
     assert with_callback(bench, LIGHTNING, callback).store().steps == [0, 4, 7]
+
+
+def test_a_lightning_training_of_two_optimisers_that_raised_goes_on_from_its_checkpoint(bench):
+    pytest.importorskip("lightning")
+    bench.write("""
+    import os, warnings
+    warnings.filterwarnings("ignore")
+    import lightning as L
+    from farcli.integrations.lightning import RecorderCallback
+    saved = "saved.ckpt" if os.path.exists("saved.ckpt") else None
+    class Model(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        def training_step(self, batch, index):
+            for optimizer in self.optimizers():
+                loss = nn.functional.cross_entropy(self.head(self.body(batch[0])), batch[1])
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.body.parameters()), torch.optim.Adam(self.head.parameters())
+        def on_train_batch_end(self, *given):
+            if self.trainer.global_step == 8 and saved is None:  # of both together
+                self.trainer.save_checkpoint("saved.ckpt")
+                raise RuntimeError("the training broke")
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 16)
+    model = Model()
+    trainer = L.Trainer(max_steps=16, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[RecorderCallback("run.zarr", every=3, resume=True)])
+    trainer.fit(model, data, ckpt_path=saved)
+    torch.save(model.state_dict(), "final.pt")
+    """)
+    assert "the training broke" in bench.plain().err
+    done = bench.plain()
+    ran = Ran(bench.folder, done.code, done.out, done.err)
+    assert ran.code == 0, ran.err
+    assert ran.store().steps == [0, 3, 4, 6, 8]
+    assert same(ran.state(), ran.saved())
 
 
 def test_a_zero_redundancy_optimizer_counts_once(bench):

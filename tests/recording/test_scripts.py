@@ -223,7 +223,7 @@ def test_nothing_recorded_is_said(bench):
         ran = bench.record(*options, command=[sys.executable, *flags, "train.py"])
         assert (ran.code, ran.out) == (0, "no training\n")
         assert len(ran.said) == 1
-        assert ("-I makes Python ignore" if flags else "no optimiser ran: nothing was recorded") in ran.said[0]
+        assert ("-I makes Python ignore" if flags else "no optimiser ran that could be recorded") in ran.said[0]
         assert not (bench.folder / "run.zarr").exists()
     strict = bench.record("--strict")
     assert strict.code == 1
