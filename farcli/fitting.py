@@ -7,6 +7,7 @@ coordinates of an example.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, isfinite
 from typing import Generic, TypeVar, final
 
@@ -15,13 +16,27 @@ from torch import Tensor, nn
 
 from farcli.config import format_size
 from farcli.errors import NonFiniteError, ResourceError, UsageError
-from farcli.forecasters.base import Coupling, Descent, Prefix, Problem, SolvedForecaster, TrainedForecaster
+from farcli.forecasters.base import (
+    Coupling,
+    Descent,
+    Prefix,
+    Problem,
+    SolvedForecaster,
+    Sums,
+    SumsInParts,
+    TrainedForecaster,
+)
+from farcli.stream import Block
 
 SolvedT = TypeVar("SolvedT", bound=SolvedForecaster)
 TrainedT = TypeVar("TrainedT", bound=TrainedForecaster)
 
 Passes = Callable[[], Iterable[tuple[Prefix, Tensor]]]
 """Starts one pass over the training data: each block's prefix and the true weights at the problem's `steps_H`."""
+Spread = Callable[[Callable[[Iterator[Block]], Sums]], Iterator[Sums]]
+"""Has one pass worked through in parts, by several threads: `Stream.spread`."""
+_SUMS_AT_ONCE = 10
+"""Sums that a pass in parts holds at most: the whole, and those of eight threads and one part ahead."""
 
 
 def solve(
@@ -29,6 +44,7 @@ def solve(
     problem: Problem,
     passes: Passes,
     *,
+    spread: Spread | None = None,
     report: Callable[[int, int], None] | None = None,
 ) -> SolvedT:
     """Fit a forecaster from sums, pass after pass, until it is settled.
@@ -37,6 +53,7 @@ def solve(
         forecaster: an unfitted forecaster.
         problem: what it is fitted for.
         passes: called once per pass; a block's tensors need to be valid until the next one is asked for.
+        spread: taken instead for sums that take targets in parts, where they are small; None where there is none.
         report: called after each block with the pass (1, 2, …) and the weights taken in during it so far.
 
     Returns:
@@ -51,16 +68,28 @@ def solve(
     while count == 0 or forecaster.unsettled:
         count += 1
         sums = forecaster.sums(problem)
-        taken = 0
-        for prefix, truth_BHD in passes():
-            sums.add(prefix, truth_BHD)
-            taken += prefix.weights_BCD.numel() + truth_BHD.numel()
-            if report is not None:
-                report(count, taken)
+        if spread is not None and isinstance(sums, SumsInParts) and sums.nbytes <= problem.memory // _SUMS_AT_ONCE:
+            for part in spread(partial(_summed, forecaster, problem)):
+                sums.merge(part)
+        else:
+            taken = 0
+            for prefix, truth_BHD in passes():
+                sums.add(prefix, truth_BHD)
+                taken += prefix.weights_BCD.numel() + truth_BHD.numel()
+                if report is not None:
+                    report(count, taken)
         if not sums.finite:
             raise _not_finite(problem, passes)
         forecaster = forecaster.solved(problem, sums)
     return forecaster
+
+
+def _summed(forecaster: SolvedForecaster, problem: Problem, blocks: Iterator[Block]) -> Sums:
+    sums = forecaster.sums(problem)
+    assert isinstance(sums, SumsInParts)
+    for block in blocks:
+        sums.add(block.prefix, block.truth_BHD, block.first)
+    return sums
 
 
 def _not_finite(problem: Problem, passes: Passes) -> NonFiniteError:

@@ -4,9 +4,10 @@ Shape suffixes: B runs of a block, C snapshots of the context, H horizons, D coo
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,12 +19,19 @@ from farcli.forecasters.base import Coupling, Prefix
 from farcli.store import MappedChunks, Trajectory
 from farcli.store import threads as store_threads
 
+ResultT = TypeVar("ResultT")
+
 _LARGEST_BLOCK = 16 << 20
 """Bytes beyond which a larger block no longer reads faster but delays the first result."""
 _MOST_READERS = 4
 """Blocks read at once; each costs a block of memory."""
 _LEAST_MAPPED = 2 << 20
 """Bytes of a block below which mapping it costs more than copying."""
+_SMALL_ROW, _SMALL_BLOCK = 512 << 10, 2 << 20
+"""Bytes of a snapshot, and of some targets, that one thread reads at once where it uses them itself: they stay in its
+cache, and to fetch less costs more in calls."""
+_PART_BYTES = 256 << 20
+"""Bytes of what one thread works through before its result is asked for."""
 _MAPPED_MORE = 4 << 20
 """Bytes of a file that count as ours beside what is asked for: large pages, of 2 MiB, are mapped whole."""
 
@@ -46,6 +54,7 @@ class Block:
         source: index of the source.
         runs: labels of the runs, in the order of axis B.
         stop: index, in the whole vector, one past the block's last coordinate.
+        first: index, in the stream's `steps_H`, of the first step of `truth_BHD`.
     """
 
     prefix: Prefix
@@ -53,6 +62,7 @@ class Block:
     source: int
     runs: tuple[int, ...]
     stop: int
+    first: int = 0
 
 
 _Request = tuple[int, tuple[int, ...], int, int, int]
@@ -223,9 +233,9 @@ class Stream:
                 return Plan(runs=runs, width=width, bytes=taken, readers=readers, mapped=True)
         return None
 
-    def _requests(self) -> Iterator[_Request]:
+    def _requests(self, plans: Sequence[Plan]) -> Iterator[_Request]:
         before = 0
-        for index, (source, plan) in enumerate(zip(self.sources, self.plans, strict=True)):
+        for index, (source, plan) in enumerate(zip(self.sources, plans, strict=True)):
             for first in range(0, len(source.runs), plan.runs):
                 runs = source.runs[first : first + plan.runs]
                 for start in range(0, self.coordinates, plan.width):
@@ -254,7 +264,7 @@ class Stream:
             ahead: deque[tuple[_Request, MappedChunks | None, Future[list[np.ndarray]]]] = deque()
             chunks = None
             try:
-                for number, following in enumerate(self._requests()):
+                for number, following in enumerate(self._requests(self.plans)):
                     if following[3] == 0:
                         chunks = self._mapped(following, steps)
                     # Its slot held the block last given, which the caller has let go of by asking for another.
@@ -266,6 +276,75 @@ class Stream:
             finally:
                 for _, _, future in ahead:
                     future.cancel()
+
+    @property
+    def spreads(self) -> bool:
+        """Whether `spread` can be asked for: big snapshots, each in a file of its own, on the CPU."""
+        if self.device.type != "cpu" or self.dtype is not None or self.coupling is not Coupling.COORDINATEWISE:
+            return False
+        return all(s.trajectory.by_snapshot and self._small_blocks(s)[0].bytes <= self._memory for s in self.sources)
+
+    def spread(self, work: Callable[[Iterator[Block]], ResultT], *, threads: int) -> Iterator[tuple[ResultT, int]]:
+        """Have the data worked through part by part, each part by a thread that reads it itself.
+
+        For work that takes as long as reading does, and takes targets in parts: all threads do both, and what one has
+        just read is still in its cache. Parts are the same however many threads there are.
+
+        Args:
+            work: is given the blocks of a part: of one run, the context and a few targets, `Block.first` says which.
+                Those of one context come one behind the other.
+            threads: that work at the same time, where the memory has room for as many.
+
+        Yields:
+            What `work` returned for each part, in order, and how many coordinates of how many runs that was.
+        """
+        cuts = [self._small_blocks(source) for source in self.sources]
+        parts: list[list[_Request]] = []
+        left = 0
+        for request in self._requests([plan for plan, _ in cuts]):
+            size = request[4] - request[3]
+            if left < size:
+                parts.append([])
+                left = _PART_BYTES // (4 * (len(self.steps_C) + len(self.steps_H)))
+            parts[-1].append(request)
+            left -= size
+        threads = max(1, min(threads, len(parts), self._memory // max(plan.bytes for plan, _ in cuts)))
+
+        def done(part: list[_Request]) -> tuple[ResultT, int]:
+            blocks = (block for request in part for block in self._in_turn(request, cuts[request[0]][1]))
+            return work(blocks), sum(stop - start for _, _, _, start, stop in part)
+
+        with store_threads.readers(threads) as pool:
+            yield from store_threads.map_ordered(done, parts, pool=pool, ahead=threads + 1)
+
+    def _small_blocks(self, source: Source) -> tuple[Plan, int]:
+        """How one thread reads a source for itself, and how many targets at a time."""
+        trajectory = source.trajectory
+        chunks = max(1, _SMALL_ROW // trajectory.chunk_room)
+        targets = max(1, _SMALL_BLOCK // (chunks * trajectory.chunk_room))
+        taken = (len(self.steps_C) + targets) * chunks * trajectory.chunk_room
+        return Plan(runs=1, width=chunks * trajectory.column_chunk, bytes=taken, readers=1), targets
+
+    def _in_turn(self, request: _Request, targets: int) -> Iterator[Block]:
+        """The chunks of a request, with some targets after the other, in the same memory."""
+        index, runs, position, start, stop = request
+        trajectory, context = self.sources[index].trajectory, len(self.steps_C)
+        first, last = start // trajectory.column_chunk, -(-stop // trajectory.column_chunk)
+        room = np.empty((context + targets, (last - first) * trajectory.chunk_room), np.uint8)
+        steps = [*self.steps_C, *self.steps_H[:targets]]
+        chunks = trajectory.read_chunks(runs[0], steps, first, last, room[: len(steps)])
+        width = trajectory.column_chunk
+        bounds = [(low, min(low + width, stop)) for low in range(start, stop, width)]
+        blocks = [
+            self._block((index, runs, position, low, high), chunk[..., : high - low])
+            for chunk, (low, high) in zip(chunks, bounds, strict=True)
+        ]
+        yield from blocks
+        for at in range(targets, len(self.steps_H), targets):
+            some = self.steps_H[at : at + targets]
+            trajectory.read_chunks(runs[0], some, first, last, room[context : context + len(some)])
+            for block in blocks:
+                yield replace(block, truth_BHD=block.truth_BHD[:, : len(some)], first=at)
 
     def _mapped(self, request: _Request, steps: Sequence[int]) -> MappedChunks | None:
         index, runs, _, _, _ = request

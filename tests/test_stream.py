@@ -4,7 +4,9 @@ import os
 import numpy as np
 import pytest
 import torch
+import zarr
 
+import farcli.stream
 from farcli.errors import DamagedError, NonFiniteError, ResourceError, UsageError
 from farcli.forecasters.base import Coupling
 from farcli.layout import layout_of
@@ -215,3 +217,80 @@ def test_damage_under_a_mapping_is_an_error_and_no_signal(tmp_path):
     file.unlink()
     with pytest.raises(DamagedError, match=r"c\.1\.2\.0 is missing"):
         list(mapped_stream(Trajectory.open(tmp_path / "bad.zarr")))
+
+
+def spread_stream(trajectories, **options):
+    sources = [Source(trajectory=trajectory, runs=(7, 3)) for trajectory in trajectories]
+    return Stream(sources, coupling=Coupling.COORDINATEWISE, steps_C=STEPS[:1], steps_H=STEPS[1:], **options)
+
+
+@pytest.mark.parametrize("coordinates", [None, 140_001])
+def test_spread_parts_are_what_was_stored_in_order_however_many_threads(large, tmp_path, monkeypatch, coordinates):
+    trajectory, values = large
+    other, more = written(tmp_path / "other.zarr", [3, 7], 150_000, seed=1, chunk=(1, 1, 4096))
+    monkeypatch.setattr(farcli.stream, "_SMALL_BLOCK", 1 << 20)  # 2 of the 3 targets at a time
+    monkeypatch.setattr(farcli.stream, "_PART_BYTES", 2 << 20)
+    stream = spread_stream([trajectory, other], coordinates=coordinates)
+    assert stream.spreads
+
+    def kept(blocks):
+        return [
+            (
+                *(b.source, b.runs, b.prefix.runs_B, b.prefix.start, b.stop, b.first),
+                *(b.prefix.weights_BCD.numpy().copy(), b.truth_BHD.numpy().copy()),
+            )
+            for b in blocks
+        ]
+
+    alone, together = ([part for part, _ in stream.spread(kept, threads=count)] for count in (1, 3))
+    assert len(alone) > 4
+    assert sum(size for _, size in stream.spread(kept, threads=2)) == 4 * stream.coordinates
+    found = np.full((2, 2, 4, stream.coordinates), np.nan, np.float32)
+    for part, same in zip(alone, together, strict=True):
+        assert [block[:6] for block in part] == [block[:6] for block in same]
+        for source, (run,), (position,), start, stop, first, context, truth in part:
+            assert position == 2 * source + (run == 3)
+            place = found[source, int(run == 3), :, start:stop]
+            if first == 0:
+                place[:1] = context[0]
+            np.testing.assert_array_equal(place[:1], context[0])
+            assert np.isnan(place[1 + first : 1 + first + truth.shape[1]]).all()
+            place[1 + first : 1 + first + truth.shape[1]] = truth[0]
+    np.testing.assert_array_equal(found[0], values[[2, 0], :, :coordinates])
+    np.testing.assert_array_equal(found[1], more[[1, 0], :, :coordinates])
+
+
+def test_what_is_not_spread(large, store):
+    trajectory, _ = large
+    source = Source(trajectory=trajectory, runs=(3,))
+    assert not Stream([source], coupling=Coupling.JOINT, steps_C=STEPS).spreads
+    assert not Stream([source], coupling=Coupling.COORDINATEWISE, steps_C=STEPS, memory=2_500_000).spreads
+    tiny = Source(trajectory=store[0], runs=(3,))
+    assert Stream([tiny], coupling=Coupling.COORDINATEWISE, steps_C=STEPS).spreads is (store[0].column_chunk == 8)
+
+
+def test_damage_is_found_in_spread_parts(tmp_path):
+    trajectory, _ = written(tmp_path / "bad.zarr", [3, 5, 7], 150_000, chunk=(1, 1, 4096))
+    file = tmp_path / "bad.zarr/weights/c.2.1.0"
+    whole = file.read_bytes()
+    record = 4096 * 4 + 4
+    for at in (3 * record + 1000, 4 * record - 1):  # in the data, and in the checksum, of the fourth chunk
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(
+            DamagedError, match=rf"run 7, step 10 is damaged: file weights/c\.2\.1\.0 .*byte {3 * record}"
+        ):
+            list(spread_stream([trajectory]).spread(list, threads=2))
+    file.unlink()
+    with pytest.raises(DamagedError, match=r"c\.2\.1\.0 is missing"):
+        list(spread_stream([Trajectory.open(tmp_path / "bad.zarr")]).spread(list, threads=2))
+
+
+def test_chunks_in_another_order_are_read_all_the_same(tmp_path):
+    trajectory, values = written(tmp_path / "run.zarr", [3, 5, 7], 150_000, chunk=(1, 1, 4096))
+    array = zarr.open_array(tmp_path / "run.zarr/weights", mode="r+")
+    array[2, 1] = values[0, 0]  # zarr-python puts the chunks of a shard in an order of its own
+    trajectory = Trajectory.open(tmp_path / "run.zarr")
+    room = np.empty((2, 3 * trajectory.chunk_room), np.uint8)
+    for chunk, start in zip(trajectory.read_chunks(7, [10, 0], 30, 33, room), (30, 31, 32), strict=True):
+        np.testing.assert_array_equal(chunk[0, 0], values[0, 0, start * 4096 :][:4096])
+        np.testing.assert_array_equal(chunk[0, 1], values[2, 0, start * 4096 :][:4096])

@@ -312,6 +312,22 @@ class Sums(ABC):
         """Whether every sum is a finite number; one NaN in the data that is used makes it false."""
 
 
+class SumsInParts(Sums):
+    """Sums that also take the targets of a block in parts, so that each is used while it is in the cache."""
+
+    @abstractmethod
+    def add(self, prefix: Prefix, truth_BHD: Tensor, first: int = 0) -> None:
+        """Take one block in, or a part of it: targets from the index `first` on.
+
+        Parts of one block come one behind the other, the one with the first target first.
+        """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes they take."""
+
+
 class SolvedForecaster(FittedForecaster):
     """A forecaster fitted exactly from sums, in one pass over the data (or a few, reweighted).
 

@@ -33,9 +33,11 @@ class RangeSums:
         self.moments_S3H = torch.zeros(tensors, 3, horizons, dtype=torch.float64)
         """Count, Σ w_h, Σ w_h²."""
 
-    def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
-        """Take one block in."""
+    def add(self, prefix: Prefix, truth_BHD: Tensor, first: int = 0) -> None:
+        """Take one block in, or its targets from the index `first` on."""
         first_BD, last_BD = prefix.weights_BCD[:, 0], prefix.weights_BCD[:, -1]
+        targets = range(first, first + truth_BHD.shape[1])
+        columns_Q = [0, 1, *(2 + target for target in targets)]
         for segment in prefix.segments:
             stop = min(segment.stop, self._coordinates - prefix.start)
             if stop <= segment.start:
@@ -45,10 +47,12 @@ class RangeSums:
             first_BN = first_BD[:, part].cpu().double()
             columns = [first_BN[:, None], (last_BD[:, part].cpu().double() - first_BN)[:, None], finals_BHN]
             low_Q, high_Q = torch.cat(columns, dim=1).transpose(0, 1).flatten(1).aminmax(dim=1)
-            self.low_SQ[segment.slot] = torch.minimum(self.low_SQ[segment.slot], low_Q)
-            self.high_SQ[segment.slot] = torch.maximum(self.high_SQ[segment.slot], high_Q)
+            lowest_Q, highest_Q = self.low_SQ[segment.slot], self.high_SQ[segment.slot]
+            lowest_Q[columns_Q] = torch.minimum(lowest_Q[columns_Q], low_Q)
+            highest_Q[columns_Q] = torch.maximum(highest_Q[columns_Q], high_Q)
             sums = [torch.full_like(low_Q[2:], finals_BHN[:, 0].numel()), finals_BHN.sum((0, 2))]
-            self.moments_S3H[segment.slot] += torch.stack([*sums, finals_BHN.square().sum((0, 2))])
+            part_3H = torch.stack([*sums, finals_BHN.square().sum((0, 2))])
+            self.moments_S3H[segment.slot, :, targets.start : targets.stop] += part_3H
 
     def merge(self, other: "RangeSums") -> None:
         """Take in another part's."""

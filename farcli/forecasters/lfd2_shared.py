@@ -20,7 +20,7 @@ from torch import Tensor
 from farcli.config import format_size
 from farcli.errors import ResourceError
 from farcli.forecasters.acceleration import Acceleration
-from farcli.forecasters.base import Prefix, Problem, Sums
+from farcli.forecasters.base import Prefix, Problem, Sums, SumsInParts
 from farcli.forecasters.intervals import Counts
 from farcli.forecasters.least_squares import normal_equations, penalised
 from farcli.forecasters.leave_one_out import PENALTIES, LeftOut, squared_errors
@@ -33,9 +33,9 @@ _TILE_ELSEWHERE = 1 << 22
 """Float64 numbers of one tile: 4 MiB on a CPU, so that what is converted is used again from its caches."""
 _LONG, _LONG_OF_FEW, _FEW_RUNS = 4096, 64, 16
 """Coordinates of one tensor from which runs are taken in one by one: in general, and where they are few."""
-_LONG_WIDTH, _LONG_ROWS = 8192, 10
-"""Columns and horizons of a tile of those: its numbers stay in a core's own cache, what is read of a row is
-long enough for the processor to read ahead, and larger products would start BLAS threads."""
+_LONG_WIDTH, _LONG_NUMBERS = 1 << 16, 1 << 18
+"""Columns, and numbers of the targets, of a tile of those: it stays in a core's own cache, calls are long enough not to
+hand the interpreter over all the time, and products short enough for BLAS to do without packing and without threads."""
 _PAIRS = ((0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2))
 _SCALE_FLOOR = 1e-3
 """A tensor's scale is at least this part of the scale over all tensors: else those that hardly move, whose
@@ -68,7 +68,7 @@ class SharedOptions:
 
 
 @final
-class SquaredSums(Sums):
+class SquaredSums(SumsInParts):
     """Per run and tensor: Gram matrix of the basis, its products with the displacements, and their squares."""
 
     def __init__(self, problem: Problem, absolute: bool, *, ranges: bool = False) -> None:
@@ -91,70 +91,91 @@ class SquaredSums(Sums):
         """‖y − w_n‖₁; only where the loss needs it."""
         self.ranges = RangeSums(problem) if ranges else None
         """Only where forecasts are guarded."""
+        self._bases: dict[tuple[int, int], np.ndarray] = {}
+        """Of prefixes whose targets come in parts: by run and first coordinate."""
+        self._bases_used = False
+        """Whether the last block was a further part of one."""
+        self._room = np.empty(0, np.int8)
+        """For the displacements of a tile."""
 
-    def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
-        """Take one block in."""
+    def add(self, prefix: Prefix, truth_BHD: Tensor, first: int = 0) -> None:
+        """Take one block in, or its targets from the index `first` on."""
         prefix, truth_BHD = _computable(prefix, truth_BHD)
         if self.ranges is not None:
-            self.ranges.add(prefix, truth_BHD)
+            self.ranges.add(prefix, truth_BHD, first)
         device = truth_BHD.device
         self._move(device)
         horizons = truth_BHD.shape[1]
+        targets = slice(first, first + horizons)
         segments = prefix.segments
+        if first == 0 and self._bases_used:
+            self._bases.clear()
+        self._bases_used = first > 0
         if device.type == "cpu":
             least = _LONG if len(prefix.runs_B) > _FEW_RUNS else _LONG_OF_FEW
             long = [segment for segment in segments if segment.stop - segment.start >= least]
             with np.errstate(over="ignore", invalid="ignore"):  # `finite` tells
-                for segment in long:
-                    self._add_long(prefix, truth_BHD, segment)
+                for row in range(len(prefix.runs_B)):
+                    for segment in long:
+                        self._add_long(prefix, truth_BHD, targets, row, segment)
             segments = [segment for segment in segments if segment not in long]
-        for tile in tiles(prefix, truth_BHD, self._coordinates, 3 + horizons, segments):
+        for tile in tiles(prefix, truth_BHD, self._coordinates, 3 + horizons, segments) if segments else ():
             columns_BQN, runs_B = tile.columns_BQN, torch.tensor(tile.runs_B, device=device)
             products_BPQ = torch.bmm(columns_BQN[:, :3], columns_BQN.mT)
-            self.products_RSPQ[:, tile.slot].index_add_(0, runs_B, products_BPQ)
+            products_RPQ = self.products_RSPQ[:, tile.slot]
+            if first == 0:
+                products_RPQ[..., :3].index_add_(0, runs_B, products_BPQ[..., :3])
+            products_RPQ[..., 3:][..., targets].index_add_(0, runs_B, products_BPQ[..., 3:])
             targets_BHN = columns_BQN[:, 3:]
             squares_BH = torch.linalg.vecdot(targets_BHN, targets_BHN)
-            self.squares_RSH[:, tile.slot].index_add_(0, runs_B, squares_BH)
+            self.squares_RSH[:, tile.slot, targets].index_add_(0, runs_B, squares_BH)
             if self._absolute:
-                self.absolutes_SH[tile.slot] += targets_BHN.abs().sum(dim=(0, 2))
+                self.absolutes_SH[tile.slot, targets] += targets_BHN.abs().sum(dim=(0, 2))
 
-    def _add_long(self, prefix: Prefix, truth_BHD: Tensor, segment: Segment) -> None:
-        """Take in many coordinates of one tensor, on the CPU: as fast as they can be read.
+    def _add_long(self, prefix: Prefix, truth_BHD: Tensor, targets: slice, row: int, segment: Segment) -> None:
+        """Take in many coordinates of one tensor of one run, on the CPU: as fast as they can be read.
 
         The same sums as below, but that differences and products with the targets are taken in the weights' own
         format, tile by tile, and only the tiles are added in float64: of float32 weights, 16,777,216 of them,
         each sum is then right to 2e-9 of the product of its factors' norms. And through numpy: its BLAS
-        multiplies such flat matrices twice as fast as the one in torch's wheels (AMD), and neither starts threads
-        for them, which would stand in the reader's way.
+        multiplies such flat matrices twice as fast as the one in torch's wheels (AMD). By `np.dot`, since `@` and
+        `np.vecdot` hold the interpreter while they work, so that neither the readers nor other sums get on.
         """
         stop = min(segment.stop, self._coordinates - prefix.start)
-        horizons = truth_BHD.shape[1]
-        own = truth_BHD.numpy().dtype
-        exact_PN, basis_PN = np.ones((3, _LONG_WIDTH)), np.ones((3, _LONG_WIDTH), own)
-        targets_GN = np.empty((min(_LONG_ROWS, horizons), _LONG_WIDTH), own)
-        for run, weights_CD, truth_HD in zip(prefix.runs_B, prefix.weights_BCD.numpy(), truth_BHD.numpy(), strict=True):
-            products_PQ = np.zeros((3, 3 + horizons))
-            squares_H, absolutes_H = np.zeros(horizons), np.zeros(horizons)
-            for start in range(segment.start, stop, _LONG_WIDTH):
-                part = slice(start, min(start + _LONG_WIDTH, stop))
-                exact, z_PN = exact_PN[:, : part.stop - start], basis_PN[:, : part.stop - start]
-                first_N, last_N = weights_CD[0, part], weights_CD[-1, part]
-                np.copyto(exact[0], first_N)
-                np.copyto(exact[1], last_N)
-                exact[1] -= exact[0]
-                products_PQ[:, :3] += exact @ exact.T
-                np.copyto(z_PN[:2], exact[:2], casting="same_kind")
-                for first in range(0, horizons, _LONG_ROWS):
-                    some = slice(first, min(first + _LONG_ROWS, horizons))
-                    y_GN = targets_GN[: some.stop - first, : part.stop - start]
-                    np.subtract(truth_HD[some, part], last_N, out=y_GN)
-                    products_PQ[:, 3 + first : 3 + some.stop] += z_PN @ y_GN.T
-                    squares_H[some] += np.vecdot(y_GN, y_GN)
-                    if self._absolute:
-                        absolutes_H[some] += np.abs(y_GN).sum(axis=1)
-            self.products_RSPQ[run, segment.slot] += torch.from_numpy(products_PQ)
-            self.squares_RSH[run, segment.slot] += torch.from_numpy(squares_H)
-            self.absolutes_SH[segment.slot] += torch.from_numpy(absolutes_H)
+        run, slot = prefix.runs_B[row], segment.slot
+        weights_CD, truth_HD = prefix.weights_BCD[row].numpy(), truth_BHD[row].numpy()
+        products_PQ, squares_H = self.products_RSPQ.numpy()[run, slot], self.squares_RSH.numpy()[run, slot, targets]
+        absolutes_H = self.absolutes_SH.numpy()[slot, targets]
+        gram_PP, products_PH = products_PQ[:, :3], products_PQ[:, 3:][:, targets]
+        own = np.promote_types(truth_HD.dtype, np.float32)
+        if self._room.dtype != own:
+            self._room = np.empty(_LONG_NUMBERS, own)
+        for start in range(segment.start, stop, _LONG_WIDTH):
+            part = slice(start, min(start + _LONG_WIDTH, stop))
+            last_N = weights_CD[-1, part]
+            basis_PN = self._bases.get((run, prefix.start + start))
+            if basis_PN is None:
+                exact_PN = np.ones((3, len(last_N)))
+                np.copyto(exact_PN[0], weights_CD[0, part])
+                np.subtract(last_N, exact_PN[0], out=exact_PN[1])
+                gram_PP += np.dot(exact_PN, exact_PN.T)
+                basis_PN = exact_PN.astype(own)
+                if len(truth_HD) < self.squares_RSH.shape[2]:
+                    self._bases[run, prefix.start + start] = basis_PN
+            rows = _LONG_NUMBERS // len(last_N)
+            for first in range(0, len(truth_HD), rows):
+                some = slice(first, first + rows)
+                y_GN = self._room[: len(truth_HD[some]) * len(last_N)].reshape(-1, len(last_N))
+                np.subtract(truth_HD[some, part], last_N, out=y_GN, dtype=own)
+                products_PH[:, some] += np.dot(basis_PN, y_GN.T)
+                squares_H[some] += [np.dot(y_N, y_N) for y_N in y_GN]
+                if self._absolute:
+                    absolutes_H[some] += np.abs(y_GN).sum(axis=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes they take."""
+        return self.products_RSPQ.nbytes + self.squares_RSH.nbytes
 
     def _move(self, device: torch.device) -> None:
         # The sums live where the blocks are: no transfer, and no wait, for each block.

@@ -77,13 +77,19 @@ def run_all(work: Callable[[Sequence[ItemT]], None], items: Sequence[ItemT]) -> 
             raise error
 
 
-def map_ordered(work: Callable[[ItemT], ResultT], items: Iterable[ItemT]) -> Iterator[ResultT]:
-    """The results of `work`, in the order of the items; a few more items than threads are under way at once."""
-    ahead = count() + 1
+def map_ordered(
+    work: Callable[[ItemT], ResultT],
+    items: Iterable[ItemT],
+    *,
+    pool: ThreadPoolExecutor | None = None,
+    ahead: int | None = None,
+) -> Iterator[ResultT]:
+    """The results of `work`, in the order of the items; `ahead` items, one more than threads, are under way at once."""
+    ahead = ahead or count() + 1
     waiting: deque[Future[ResultT]] = deque()
     try:
         for item in items:
-            waiting.append(_threads().submit(work, item))
+            waiting.append((pool or _threads()).submit(work, item))
             if len(waiting) >= ahead:
                 yield waiting.popleft().result()
         while waiting:

@@ -173,6 +173,31 @@ class Trajectory:
         return out
 
     @property
+    def by_snapshot(self) -> bool:
+        """Whether each snapshot has a file of its own, so that `read_chunks` can be asked for."""
+        return self.size > 0 and isinstance(self._weights, NativeArray) and self._weights.by_snapshot
+
+    def read_chunks(self, run: int, steps: Sequence[int], first: int, last: int, room: np.ndarray) -> list[np.ndarray]:
+        """Read the chunks [first, last) of snapshots of a run: see `NativeArray.read_chunks`.
+
+        Args:
+            run: label.
+            steps: labels.
+            first: number of the first chunk, of `column_chunk` coordinates.
+            last: one past the number of the last.
+            room: uint8 [len(steps), (last − first) · `chunk_room`].
+        """
+        assert isinstance(self._weights, NativeArray)
+        (at_run,), at_steps = self._locate([run], steps)
+        return self._weights.read_chunks(at_run, at_steps, first, last, room)
+
+    @property
+    def chunk_room(self) -> int:
+        """Bytes that `read_chunks` takes for a chunk of a snapshot."""
+        assert isinstance(self._weights, NativeArray)
+        return self._weights.chunk_room
+
+    @property
     def mappable(self) -> bool:
         """Whether `map` may find what it needs."""
         return self.finished and self.size > 0 and isinstance(self._weights, NativeArray) and self._weights.mappable

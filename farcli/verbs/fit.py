@@ -3,9 +3,11 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace as replaced
+from functools import partial as bound
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from farcli.artefact import Artefact, build, load, save
@@ -19,15 +21,18 @@ from farcli.forecasters.base import (
     Prefix,
     Problem,
     SolvedForecaster,
+    Sums,
     TrainedForecaster,
 )
 from farcli.forecasters.update_rules import UpdateRule
 from farcli.forecasting import TrainingData, check_context, choose_context, choose_targets
 from farcli.provenance import provenance
-from farcli.stream import Source, Stream, open_sources, require_finite, resolve_device
-from farcli.training import workload_of
+from farcli.stream import Block, Source, Stream, open_sources, require_finite, resolve_device
+from farcli.training import threads, workload_of
 from farcli.verbs.training_loss import training_loss
 
+_MOST_THREADS = 8
+"""Threads that sum up; with more, the memory bus sets the pace."""
 
 def fit(
     method: str,
@@ -158,7 +163,8 @@ def fit(
         )
         try:
             if isinstance(forecaster, SolvedForecaster):
-                forecaster = solve(forecaster, problem, lambda: _blocks(stream, report), report=None)
+                spread = bound(_spread, stream, report) if stream.spreads else None
+                forecaster = solve(forecaster, problem, lambda: _blocks(stream, report), spread=spread)
             else:
                 fitted = descend(
                     forecaster, problem, lambda: _blocks(stream, _silent), device=stream.device, report=report
@@ -228,6 +234,19 @@ def _require_same(
             f"{output}: holds the best state of a fit that diverged: {found.provenance['diverged']}",
             "Choose other options, and pass --force to replace it.",
         )
+
+
+def _spread(
+    stream: Stream, report: Callable[[float, float, str], None], work: Callable[[Iterator[Block]], Sums]
+) -> Iterator[Sums]:
+    total = stream.runs * stream.coordinates
+    done = 0
+    count = torch.get_num_threads()
+    with threads(1):  # else each thread would start as many of its own
+        for part, size in stream.spread(work, threads=min(count, _MOST_THREADS)):
+            yield part
+            done += size
+            report(done, total, "")
 
 
 def _blocks(stream: Stream, report: Callable[[float, float, str], None]) -> Iterator[tuple[Prefix, Tensor]]:

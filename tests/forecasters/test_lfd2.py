@@ -14,6 +14,7 @@ from torch import Tensor
 
 from farcli.errors import ResourceError, UsageError
 from farcli.fitting import solve
+from farcli.forecasters.base import Prefix, Problem
 from farcli.forecasters.lfd2 import Lfd2
 from farcli.forecasters.lfd2_dense import GramSums, RowSums, solve_gram, solve_rows
 from farcli.forecasters.lfd2_shared import SquaredSums, tiles
@@ -219,6 +220,46 @@ def test_passes_end(data: Data) -> None:
         passes.append(last[0])
     assert passes[:2] == [1, 3]
     assert 3 < passes[2] < 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_sums_of_targets_in_parts_are_those_of_whole_blocks(dtype: torch.dtype) -> None:
+    layout = layout_of([("long", (70_000,), "float32", "parameter"), ("short", (9,), "float32", "parameter")])
+    generator = torch.Generator().manual_seed(0)
+    weights_BTD = torch.randn(2, 7, layout.size, generator=generator).mul_(0.1).add_(0.3).to(dtype)
+    steps = tuple(range(7))
+    problem = Problem(
+        layout=layout, coordinates=layout.size, runs=2, steps_C=steps[:2], steps_H=steps[2:], memory=1 << 30
+    )
+    whole, parts = (SquaredSums(problem, absolute=True, ranges=True) for _ in range(2))
+    bounds = [(0, 1000), (1000, 68_000), (68_000, layout.size)]
+    prefixes = [
+        Prefix(weights_BCD=weights_BTD[:, :2, a:b], steps_C=steps[:2], layout=layout, start=a, runs_B=(0, 1))
+        for a, b in bounds
+    ]
+    for prefix, (a, b) in zip(prefixes, bounds, strict=True):
+        whole.add(prefix, weights_BTD[:, 2:, a:b])
+    for together in ((0, 1), (2,)):  # blocks side by side, as a thread reads them
+        for first, last in ((0, 2), (2, 3), (3, 5)):
+            for index in together:
+                a, b = bounds[index]
+                parts.add(prefixes[index], weights_BTD[:, 2 + first : 2 + last, a:b], first)
+    exact = weights_BTD.double()
+    moved_BHD = exact[:, 2:] - exact[:, 1:2]
+    rounding = 1e-13 if dtype == torch.float64 else 1e-6
+    for slot, tensor in enumerate(layout.floats):
+        columns = slice(tensor.offset, tensor.stop)
+        truth = moved_BHD[..., columns].square().sum(-1)
+        torch.testing.assert_close(whole.squares_RSH[:, slot], truth, rtol=rounding, atol=0)
+        assert torch.equal(parts.products_RSPQ[:, slot, :, :3], whole.products_RSPQ[:, slot, :, :3])
+    for name in ("products_RSPQ", "squares_RSH", "absolutes_SH"):
+        scale = float(getattr(whole, name).abs().max())
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=rounding, atol=scale * rounding)
+    assert whole.ranges is not None
+    assert parts.ranges is not None
+    for name in ("low_SQ", "high_SQ"):
+        assert torch.equal(getattr(parts.ranges, name), getattr(whole.ranges, name))
+    torch.testing.assert_close(parts.ranges.moments_S3H, whole.ranges.moments_S3H, rtol=1e-12, atol=0)
 
 
 def dense_growth(data: Data, coefficients_3H: Tensor) -> Tensor:
