@@ -27,7 +27,7 @@ _MOST_READERS = 4
 """Blocks read at once; each costs a block of memory."""
 _LEAST_MAPPED = 2 << 20
 """Bytes of a block below which mapping it costs more than copying."""
-_SMALL_ROW, _SMALL_BLOCK = 512 << 10, 2 << 20
+_SMALL_ROW, _SMALL_BLOCK = 512 << 10, 4 << 20
 """Bytes of a snapshot, and of some targets, that one thread reads at once where it uses them itself: they stay in its
 cache, and to fetch less costs more in calls."""
 _PART_BYTES = 256 << 20
@@ -320,10 +320,11 @@ class Stream:
     def _small_blocks(self, source: Source) -> tuple[Plan, int]:
         """How one thread reads a source for itself, and how many targets at a time."""
         trajectory = source.trajectory
-        chunks = max(1, _SMALL_ROW // trajectory.chunk_room)
-        targets = max(1, _SMALL_BLOCK // (chunks * trajectory.chunk_room))
+        width = trajectory.column_chunk
+        chunks = max(1, _SMALL_ROW // (width * trajectory.dtype.itemsize))
+        targets = max(1, _SMALL_BLOCK // (chunks * width * trajectory.dtype.itemsize))
         taken = (len(self.steps_C) + targets) * chunks * trajectory.chunk_room
-        return Plan(runs=1, width=chunks * trajectory.column_chunk, bytes=taken, readers=1), targets
+        return Plan(runs=1, width=chunks * width, bytes=taken, readers=1), targets
 
     def _in_turn(self, request: _Request, targets: int) -> Iterator[Block]:
         """The chunks of a request, with some targets after the other, in the same memory."""

@@ -264,7 +264,7 @@ def test_what_is_not_spread(large, store):
     trajectory, _ = large
     source = Source(trajectory=trajectory, runs=(3,))
     assert not Stream([source], coupling=Coupling.JOINT, steps_C=STEPS).spreads
-    assert not Stream([source], coupling=Coupling.COORDINATEWISE, steps_C=STEPS, memory=2_500_000).spreads
+    assert not Stream([source], coupling=Coupling.COORDINATEWISE, steps_C=STEPS, memory=4_000_000).spreads
     tiny = Source(trajectory=store[0], runs=(3,))
     assert Stream([tiny], coupling=Coupling.COORDINATEWISE, steps_C=STEPS).spreads is (store[0].column_chunk == 8)
 

@@ -138,8 +138,9 @@ class SquaredSums(SumsInParts):
         The same sums as below, but that differences and products with the targets are taken in the weights' own
         format, tile by tile, and only the tiles are added in float64: of float32 weights, 16,777,216 of them,
         each sum is then right to 2e-9 of the product of its factors' norms. And through numpy: its BLAS
-        multiplies such flat matrices twice as fast as the one in torch's wheels (AMD). By `np.dot`, since `@` and
-        `np.vecdot` hold the interpreter while they work, so that neither the readers nor other sums get on.
+        multiplies such flat matrices twice as fast as the one in torch's wheels (AMD). By `np.dot`, since `@` holds
+        the interpreter while it works, so that neither the readers nor other sums get on. (So does `np.vecdot`, but
+        for less than it costs to hand it over for every row.)
         """
         stop = min(segment.stop, self._coordinates - prefix.start)
         run, slot = prefix.runs_B[row], segment.slot
@@ -168,7 +169,7 @@ class SquaredSums(SumsInParts):
                 y_GN = self._room[: len(truth_HD[some]) * len(last_N)].reshape(-1, len(last_N))
                 np.subtract(truth_HD[some, part], last_N, out=y_GN, dtype=own)
                 products_PH[:, some] += np.dot(basis_PN, y_GN.T)
-                squares_H[some] += [np.dot(y_N, y_N) for y_N in y_GN]
+                squares_H[some] += np.vecdot(y_GN, y_GN)
                 if self._absolute:
                     absolutes_H[some] += np.abs(y_GN).sum(axis=1)
 
