@@ -2,7 +2,7 @@
 # An array of recorded runs that survive the time limit: Slurm sends SIGUSR1 two minutes before it, the recording
 # is saved, the job goes back into the queue, and the script goes on from its own checkpoint.
 #
-#   sbatch examples/slurm.sh
+#   mkdir -p logs && sbatch examples/slurm.sh      # Slurm makes no folders for its logs
 #   farcli fit lfd2 runs/*.zarr -o lfd2.safetensors
 #
 #SBATCH --job-name=digits
