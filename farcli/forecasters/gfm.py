@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from farcli.forecasters.base import Coupling, Descent, Prefix, Problem, Trained, TrainedForecaster, require_fitted
+from farcli.forecasters.scaling import forecast_channels
 
 
 @final
@@ -48,7 +49,8 @@ class Gfm(TrainedForecaster):
     step at inference where the paper says Euler, losses averaged over coordinates).
     Differs: snapshots may be spaced unequally (1/m is then the interval at hand); of several target steps the last
     is m, every one is reached by a step of its own, and the ζ term is their mean. With n = 0 the ζ term stays,
-    unless ζ = 0.
+    unless ζ = 0. channels=shared is ours, for D that no v on whole vectors can hold (it has 2·64·D weights): blocks of
+    one coordinate, each forecast by the same v from its own w_n and t.
     """
 
     name = "gfm"
@@ -61,6 +63,12 @@ class Gfm(TrainedForecaster):
         beta: float = field(default=1.0, metadata={"help": "β: weight of the flow along the prefix"})
         gamma: float = field(default=1.0, metadata={"help": "γ: weight of the flow from the prefix to the target"})
         zeta: float = field(default=100.0, metadata={"help": "ζ: weight of the forecast's own error"})
+        channels: Literal["joint", "shared"] = field(
+            default="joint",
+            metadata={
+                "help": "joint: v moves whole vectors; shared: one v for every coordinate alone, which takes any D"
+            },
+        )
         units: Literal["as-printed", "corrected"] = field(
             default="as-printed", metadata={"help": "corrected: all velocities per unit of t"}
         )
@@ -76,7 +84,7 @@ class Gfm(TrainedForecaster):
         hidden: int = field(default=64, metadata={"help": "width of v"})
         layers: int = field(default=3, metadata={"help": "hidden layers of v"})
         lr: float = field(default=1e-4, metadata={"help": "Adam's learning rate"})
-        batch: int = field(default=16, metadata={"help": "runs a mini-batch"})
+        batch: int = field(default=16, metadata={"help": "runs a mini-batch, or (run, coordinate) pairs"})
 
         def __post_init__(self) -> None:
             Descent.__post_init__(self)
@@ -104,13 +112,13 @@ class Gfm(TrainedForecaster):
 
     @property
     def coupling(self) -> Coupling:
-        """Joint: v sees whole vectors."""
-        return Coupling.JOINT
+        """Joint: v sees whole vectors; coordinate-wise with channels=shared."""
+        return Coupling.JOINT if self._config.channels == "joint" else Coupling.COORDINATEWISE
 
     @property
     def transferable(self) -> bool:
-        """False: v has weights for every coordinate."""
-        return False
+        """Whether v is shared by all coordinates."""
+        return self._config.channels == "shared"
 
     @property
     def min_context(self) -> int:
@@ -119,7 +127,9 @@ class Gfm(TrainedForecaster):
 
     def network(self, problem: Problem) -> Velocity:
         """A fresh v."""
-        return Velocity(problem.coordinates, self._config.hidden, self._config.layers)
+        return Velocity(
+            problem.coordinates if self._config.channels == "joint" else 1, self._config.hidden, self._config.layers
+        )
 
     def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
         """L_CFM + ζ·L_consistency at one random time for each run."""
@@ -150,14 +160,15 @@ class Gfm(TrainedForecaster):
     def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """Follow the flow from w_n to each target: [B, H, D]; coordinates that were not fitted keep w_n."""
         self.rows(prefix, steps_H)
-        size, config = require_fitted(self.name, self._trained).problem.coordinates, self._config
-        forecast_BHD = prefix.weights_BCD[:, -1:].repeat(1, len(steps_H), 1)
-        last_BD = prefix.weights_BCD[:, -1, :size].float()
-        with torch.no_grad():
-            for h, (start, stop) in enumerate(self._spans(prefix, steps_H)):
-                moved_BD = self._follow(last_BD, start, stop, steps=config.steps, integrator=config.integrator)
-                forecast_BHD[:, h, :size] += moved_BD
-        return forecast_BHD
+        config, spans = self._config, self._spans(prefix, steps_H)
+        size = require_fitted(self.name, self._trained).problem.coordinates
+
+        def moved(weights_NCK: Tensor) -> Tensor:
+            last_NK = weights_NCK[:, -1].float()
+            follow = [self._follow(last_NK, *span, steps=config.steps, integrator=config.integrator) for span in spans]
+            return torch.stack(follow, dim=1)
+
+        return forecast_channels(prefix, list(range(len(spans))), moved, size if config.channels == "joint" else None)
 
     def _spans(self, prefix: Prefix, steps_H: Sequence[int]) -> list[tuple[float, float]]:
         """From the time n/m of w_n to each target's, on the scale where the last fitted target is at 1."""

@@ -35,6 +35,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "gfm": [
         {"units": "corrected", "path": "w_n", "integrator": "rk4", "steps": 3},
         {"integrator": "euler", "steps": 2, "zeta": 0.0},
+        {"channels": "shared"},
     ],
     "introspection": [{"scale": "none"}],
     "dlinear": [{"channels": "joint"}],
