@@ -10,12 +10,12 @@ _COLUMNS = [
     Column(key="loss", heading="loss"),
     Column(key="average_loss", heading="of average"),
     Column(key="control_average_loss", heading="control's"),
-    Column(key="kept", heading="leaps kept"),
+    Column(key="kept", heading="kept"),
     Column(key="lost", heading="steps lost", spare=2),
     Column(key="cost", heading="cost", form=".1f"),
     Column(key="worth", heading="worth"),
-    Column(key="net_steps", heading="net steps", form="+.0f"),
-    Column(key="speedup", heading="speed-up", form=".2f"),
+    Column(key="net_steps", heading="net steps"),
+    Column(key="speedup", heading="speed-up"),
 ]
 
 
@@ -90,16 +90,13 @@ def online(
         print(output, flush=True)
     elif table:
         chance = rows[0]["chance"]
+        shown = [
+            {**row, "kept": f"{row['accepted'] + row['unverified']} of {row['proposals']}", **_gains(row)}
+            for row in rows
+        ]
         emit(
-            [
-                {
-                    **row,
-                    "kept": f"{row['accepted'] + row['unverified']} of {row['proposals']}",
-                    "worth": _worth(row),
-                }
-                for row in rows
-            ],
-            [column for column in _COLUMNS if column.key in rows[0] or column.key in ("kept", "worth")],
+            shown,
+            [column for column in _COLUMNS if column.key in shown[0]],
             form=form,
             title=f"{workload}, {rows[0]['steps']} steps with {rows[0]['predictor']}, gate {rows[0]['gate']}",
             notes=[
@@ -197,10 +194,13 @@ def _sibling(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _worth(row: dict[str, Any]) -> str | None:
+def _gains(row: dict[str, Any]) -> dict[str, str]:
+    """What the leaps were worth: at least that where the control never got there, at most where it began better."""
     if row.get("equivalent_steps") is None:
-        return None
-    return ("≥ " if row["bound"] else "") + f"{row['equivalent_steps']:.0f}"
+        return {}
+    sign = "" if not row["bound"] else "≥ " if row["equivalent_steps"] > 0 else "≤ "
+    forms = {"worth": ("equivalent_steps", ".0f"), "net_steps": ("net_steps", "+.0f"), "speedup": ("speedup", ".2f")}
+    return {name: sign + format(row[key], form) for name, (key, form) in forms.items()}
 
 
 def _least(texts: list[str]) -> dict[str, float]:

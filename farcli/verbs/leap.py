@@ -387,18 +387,16 @@ def _losses(task: Workload, seed: int, training: TrainingRun, leaper: Leaper) ->
 
 
 def _news(step: int, curve: Curve, leaper: Leaper, control: Curve) -> str:
-    """Where a leaping run stands, in a line."""
+    """Where a leaping run stands, in a line that a narrow terminal has room for."""
     account = leaper.account
-    text = f"step {step}: {account.accepted + account.unverified} of {account.proposals} leaps kept"
-    if account.rejected:
-        text += f", {account.rejected} not"
-    verdicts = {entry.verdict_step: entry.activation_cosine for entry in leaper.entries}
-    similar = [each for each in verdicts.values() if each is not None]
-    if similar:
-        text += f", {regimes(similar, Thresholds(*PUBLISHED))[-1]} (activations {similar[-1]:.4f} alike)"
+    news = []
     if curve:
-        text += f", held-out loss {curve[-1][2]:.4g} at {curve[-1][0]}"
+        news.append(f"loss {curve[-1][2]:.4g}")
     if control and len(curve) > 1:
         equivalent, _ = _average_curve(control).steps_to(curve[-1][2])
-        text += f", {equivalent - curve[-1][0] - account.verification - account.proposing:+.0f} steps net"
-    return text
+        news.append(f"net {equivalent - curve[-1][0] - account.verification - account.proposing:+.0f}")
+    news.append(f"{account.accepted + account.unverified} kept, {account.rejected} rejected")
+    verdicts = {entry.verdict_step: entry.activation_cosine for entry in leaper.entries}
+    if similar := [each for each in verdicts.values() if each is not None]:
+        news.append(str(regimes(similar, Thresholds(*PUBLISHED))[-1]))
+    return f"step {step}: {', '.join(news)}"
