@@ -4,18 +4,21 @@ Shape suffixes: N examples (runs, or (run, coordinate) pairs), C snapshots of th
 coordinates of an example.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, isfinite
-from typing import Generic, TypeVar, final
+from pathlib import Path
+from typing import Any, Generic, TypeVar, final
 
 import torch
 from torch import Tensor, nn
 
 from farcli.config import format_size
-from farcli.errors import NonFiniteError, ResourceError, UsageError
+from farcli.errors import NonFiniteError, ResourceError, StoreError, UsageError
+from farcli.files import staged_file
 from farcli.forecasters.base import (
     Coupling,
     Descent,
@@ -125,6 +128,57 @@ Batch = tuple[Prefix, Tensor]
 
 
 @final
+class Saved:
+    """Where a descent that was stopped goes on: a file beside its output, written now and then at the end of an epoch.
+
+    Args:
+        path: of the file.
+        identity: what the fit is of; a file that says otherwise is refused.
+        resume: whether to go on from the file, where there is one.
+        every: seconds between writes.
+    """
+
+    def __init__(self, path: Path, identity: str, *, resume: bool, every: float = 30.0) -> None:
+        self.path, self._identity, self._resume, self._every = path, identity, resume, every
+        self._last = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved; None where nothing was, or a new start was asked for.
+
+        Raises:
+            UsageError: the file holds another fit.
+            StoreError: the file is damaged.
+        """
+        if not self._resume or not self.path.exists():
+            return None
+        try:
+            state = torch.load(self.path, weights_only=True)
+            identity = state.pop("identity")
+        except Exception as error:  # torch raises what it likes on damaged files
+            raise StoreError(f"{self.path}: is no state of a fit.", "Remove it, or fit anew with --force.") from error
+        if identity != self._identity:
+            raise UsageError(
+                f"{self.path}: holds another fit than the one asked for.", "Remove it, or fit anew with --force."
+            )
+        return state
+
+    @property
+    def due(self) -> bool:
+        """Whether the last time is long enough ago."""
+        return time.monotonic() - self._last >= self._every
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write a state."""
+        with staged_file(self.path, replace=True) as temporary:
+            torch.save({**state, "identity": self._identity}, temporary)
+        self._last = time.monotonic()
+
+    def remove(self) -> None:
+        """The fit is done."""
+        self.path.unlink(missing_ok=True)
+
+
+@final
 class DivergedError(NonFiniteError, Generic[TrainedT]):
     """A fit whose loss or parameters stopped being finite.
 
@@ -173,6 +227,7 @@ def descend(
     passes: Passes,
     *,
     device: torch.device | None = None,
+    saved: Saved | None = None,
     report: Callable[[float, float, str], None] = lambda done, total, text: None,
 ) -> Fitted[TrainedT]:
     """Fit a forecaster by gradient: Adam on mini-batches, as its options (`Descent`) say.
@@ -186,6 +241,7 @@ def descend(
         problem: what it is fitted for.
         passes: called once per pass; a block's tensors need to be valid until the next one is asked for.
         device: where the network and the blocks are.
+        saved: where to go on from, and to save to; a fit that was stopped and went on has the bits of one that was not.
         report: called after each epoch with (updates done, updates in all, losses).
 
     Returns:
@@ -207,7 +263,7 @@ def descend(
         network = forecaster.network(problem).to(device)
     forecaster = forecaster.with_network(problem, network)
     forecaster.measure(examples.parts(training=True))
-    return _descend(forecaster, network, problem, examples, generator, bool(validation), report)
+    return _descend(forecaster, network, problem, examples, generator, bool(validation), saved, report)
 
 
 def _descend(
@@ -217,6 +273,7 @@ def _descend(
     examples: "_Examples",
     generator: torch.Generator,
     validated: bool,
+    saved: Saved | None,
     report: Callable[[float, float, str], None],
 ) -> Fitted[TrainedT]:
     options = forecaster.config
@@ -227,7 +284,13 @@ def _descend(
     losses: list[float] = []
     judged: list[float] = []
     done, last = 0, float("nan")
-    while done < total:
+    if saved is not None and (state := saved.load()) is not None:
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        best.see(state["best_loss"], state["best"], state["best_epoch"])
+        losses, judged, done, last = state["losses"], state["judged"], state["done"], state["last"]
+    while done < total and not (options.patience and len(losses) - best.epoch >= options.patience):
         network.train()
         before = _state(network)
         sum_of_losses, count = 0.0, 0
@@ -256,8 +319,21 @@ def _descend(
         # A training loss is that of the state before the updates, a validation loss that of the one after.
         best.see(*((judged[-1], _state(network)) if validated else (losses[-1], before)), len(losses))
         report(done, total, text)
-        if options.patience and len(losses) - best.epoch >= options.patience:
-            break
+        if saved is not None and saved.due:
+            saved.save(
+                {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "generator": generator.get_state(),
+                    "best": best.state,
+                    "best_loss": best.loss,
+                    "best_epoch": best.epoch,
+                    "losses": losses,
+                    "judged": judged,
+                    "done": done,
+                    "last": last,
+                }
+            )
     if validated:
         if best.epoch == 0:
             raise _diverged(forecaster, "the validation loss was never finite", last, best)
@@ -281,16 +357,16 @@ class _Best:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self._state: dict[str, Tensor] = {}
+        self.state: dict[str, Tensor] = {}
         self.loss = float("inf")
         self.epoch = 0
 
     def see(self, loss: float, state: dict[str, Tensor], epoch: int) -> None:
         if loss < self.loss:
-            self.loss, self._state, self.epoch = loss, state, epoch
+            self.loss, self.state, self.epoch = loss, state, epoch
 
     def restore(self) -> None:
-        self.network.load_state_dict(self._state)
+        self.network.load_state_dict(self.state)
 
 
 def _diverged(forecaster: TrainedT, what: str, last: float, best: _Best) -> DivergedError[TrainedT]:

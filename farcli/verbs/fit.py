@@ -1,5 +1,6 @@
 """Fit a forecaster on recorded runs."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace as replaced
@@ -13,7 +14,7 @@ from torch import Tensor
 from farcli.artefact import Artefact, build, load, save
 from farcli.errors import FarcliError, NonFiniteError, UsageError
 from farcli.files import check_outcome
-from farcli.fitting import DivergedError, descend, solve
+from farcli.fitting import DivergedError, Saved, descend, solve
 from farcli.forecasters.base import (
     FittedForecaster,
     Forecaster,
@@ -33,6 +34,7 @@ from farcli.verbs.training_loss import training_loss
 
 _MOST_THREADS = 8
 """Threads that sum up; with more, the memory bus sets the pace."""
+
 
 def fit(
     method: str,
@@ -68,7 +70,8 @@ def fit(
         device: where to compute.
         memory: bytes that the data and the method's own state may take.
         replace: replace an existing file.
-        resume: where this very fit exists already, do nothing and return its row.
+        resume: where this very fit exists already, do nothing and return its row; where one by gradient was stopped,
+            go on from what it saved last, every half minute or so.
         dry_run: write nothing, return the row that would come out.
         partial: accept unfinished stores.
         report: called with (done, total, text).
@@ -166,11 +169,20 @@ def fit(
                 spread = bound(_spread, stream, report) if stream.spreads else None
                 forecaster = solve(forecaster, problem, lambda: _blocks(stream, report), spread=spread)
             else:
+                identity = json.dumps([method, str(forecaster.config), steps_C, steps_H, training])
+                saved = Saved(_saved(output), identity, resume=resume)
                 fitted = descend(
-                    forecaster, problem, lambda: _blocks(stream, _silent), device=stream.device, report=report
+                    forecaster,
+                    problem,
+                    lambda: _blocks(stream, _silent),
+                    device=stream.device,
+                    saved=saved,
+                    report=report,
                 )
+                saved.remove()
                 forecaster, found = fitted.forecaster, fitted.summary()
         except DivergedError as error:
+            _saved(output).unlink(missing_ok=True)
             if error.best is None:
                 raise
             keep(error.best, diverged=str(error))
@@ -201,6 +213,11 @@ def _update_rule(sources: Sequence[Source], last: int) -> UpdateRule | None:
             return None
         rules.add(UpdateRule.of(workload.optimizer(workload.model([0]))))
     return rules.pop() if len(rules) == 1 else None
+
+
+def _saved(output: Path) -> Path:
+    """Where a fit by gradient keeps what it needs to go on."""
+    return output.with_name(f".{output.name}.fitting")
 
 
 def _silent(done: float, total: float, text: str) -> None:

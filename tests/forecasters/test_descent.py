@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from farcli.errors import NonFiniteError, ResourceError, UsageError
-from farcli.fitting import DivergedError, Fitted, descend
+from farcli.errors import NonFiniteError, ResourceError, StoreError, UsageError
+from farcli.fitting import DivergedError, Fitted, Saved, descend
 from farcli.forecasters.base import Coupling, Descent, Prefix, Problem, Trained, TrainedForecaster
 from farcli.forecasters.table import FORECASTERS
 from farcli.registry import resolve
@@ -287,3 +288,42 @@ def test_constant_weights_are_forecast_to_stay() -> None:
         observed, problem = still.observed(forecaster)
         found = descend(forecaster, problem, observed.passes()).forecaster.forecast(observed.prefix(), data.steps_H)
         assert found.isfinite().all()
+
+
+def test_a_stopped_fit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    data = drifting(seed=3)
+    options = {"epochs": 12, "batch": 2, "validation": 0.4, "channels": "joint"}
+    forecaster = create("lstm", **options)
+    assert isinstance(forecaster, TrainedForecaster)
+    whole = descend(forecaster, data.problem(), data.passes())
+
+    def stop(done: float, total: float, text: str) -> None:
+        if text.startswith("epoch 5,"):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        descend(
+            forecaster,
+            data.problem(),
+            data.passes(),
+            saved=Saved(path, "this fit", resume=False, every=0),
+            report=stop,
+        )
+    seen: list[str] = []
+    again = descend(
+        forecaster,
+        data.problem(),
+        data.passes(),
+        saved=Saved(path, "this fit", resume=True),
+        report=lambda done, total, text: seen.append(text),
+    )
+    assert seen[0].startswith("epoch 5,")  # stopped before the fifth was saved
+    assert (again.losses, again.validation, again.epoch) == (whole.losses, whole.validation, whole.epoch)
+    for name, tensor in whole.forecaster.tensors().items():
+        assert torch.equal(again.forecaster.tensors()[name], tensor)
+    with pytest.raises(UsageError, match="holds another fit than the one asked for"):
+        descend(forecaster, data.problem(), data.passes(), saved=Saved(path, "another", resume=True))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(StoreError, match="is no state of a fit"):
+        descend(forecaster, data.problem(), data.passes(), saved=Saved(path, "this fit", resume=True))
