@@ -1,5 +1,6 @@
 """`farcli forecast`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -47,6 +48,10 @@ def forecast(
     device: Device = "auto",
     memory: Memory = "2G",
     partial: Partial = False,
+    intervals: Annotated[
+        Path | None,
+        typer.Option("--intervals", metavar="HALF.zarr", help="Store half-widths of 90 % intervals as well."),
+    ] = None,
     force: Force = False,
     resume: Resume = False,
     dry_run: DryRun = False,
@@ -80,6 +85,7 @@ def forecast(
             resume=resume,
             dry_run=dry_run,
             partial=partial,
+            intervals=intervals,
             report=report,
         )
     emit_made(row, form=format, quiet=quiet)

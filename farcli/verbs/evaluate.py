@@ -315,6 +315,8 @@ def _stored(text: str, truth: Trajectory, start: int | None) -> Candidate:
             f"{text}: is a recording, not a forecast; only the last argument is the recorded truth.",
             hint=f"farcli eval METHOD {text} weighs a method on it.",
         )
+    if "quantity" in stored.header["forecast"]:
+        raise UsageError(f"{text}: holds the {stored.header['forecast']['quantity']}, not a forecast.")
     if stored.layout != truth.layout:
         raise UsageError(
             f"{text} forecasts D = {stored.layout.parameters} parameters of other tensors than {truth.path}, "

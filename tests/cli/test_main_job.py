@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from farcli import Trajectory
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -219,3 +221,26 @@ def test_a_forecast_is_a_trajectory(job, farcli, tmp_path):
     assert weights.shape == (4, 26, 1970)
     assert np.isfinite(weights).all()
     assert torch.from_numpy(weights).dtype == torch.float32
+
+
+def test_intervals_are_stored_beside_the_forecast(job, farcli, tmp_path):
+    folder, *_ = job
+    fitted, out, halves = tmp_path / "i.safetensors", tmp_path / "f.zarr", tmp_path / "half.zarr"
+    words = ("fit", "lfd2", "runs/digits.zarr", "-o", fitted, "--train-runs", "0:8", "--to", "100,160")
+    assert farcli(*words, "--set", "ridge=loo", "--set", "intervals=true", "-q", cwd=folder).code == 0
+    words = ("runs/digits.zarr", "--runs", "8:12", "--to", "100,160", "-q")
+    row = json.loads(farcli("forecast", fitted, *words, "-o", out, "--intervals", halves, cwd=folder).out)
+    runs, steps = [8, 9, 10, 11], [100, 160]
+    paths = (folder / "runs/digits.zarr", out, halves)
+    truth, forecast, half = (Trajectory.open(path).read(runs, steps) for path in paths)
+    moving = half[0, 0] > 0  # buffers have no interval
+    assert moving.sum() == row["parameters"]
+    assert 0.8 < (abs(forecast - truth) <= half)[..., moving].mean() < 0.99
+    np.testing.assert_allclose(row["width"], 2 * half[..., moving].mean((0, 2)), rtol=1e-5)
+    done = farcli("eval", halves, "runs/digits.zarr", cwd=folder)
+    assert (done.code, "not a forecast" in done.err) == (2, True)
+    plain = tmp_path / "plain.zarr"
+    done = farcli("forecast", "lfd2.safetensors", *words, "-o", plain, "--intervals", tmp_path / "h", cwd=folder)
+    assert (done.code, "lfd2.safetensors: has no intervals" in done.err) == (2, True)
+    assert not plain.exists()
+    assert not (tmp_path / "h").exists()
