@@ -215,6 +215,29 @@ def check_network(path: str, artefact: Artefact, layout: Layout, where: str, tra
     raise UsageError(f"{path} was fitted {what}.", hint=hint)
 
 
+def require_same_network(truth: Trajectory, first: Trajectory, doing: str) -> None:
+    """Refuse a store of another network than the first one's.
+
+    Args:
+        truth: the store.
+        first: the one named before.
+        doing: what is done to them together: "fitted", "evaluated".
+
+    Raises:
+        UsageError: their layouts differ.
+    """
+    if truth.layout == first.layout:
+        return
+    if truth.layout.parameters != first.layout.parameters:
+        what = f"(D = {truth.layout.parameters}) than {first.path} (D = {first.layout.parameters})"
+    else:
+        what = f"than {first.path}: other tensors, though both have D = {first.layout.parameters}"
+    raise UsageError(
+        f"{truth.path}: holds another network {what}; stores {doing} together must hold the same one.",
+        hint="Networks of other shapes can be stored as one padded vector where the workload has an option pad.",
+    )
+
+
 def choose_context(truth: Trajectory, count: int, start: int | None) -> tuple[int, ...]:
     """The `count` snapshots that end at step `start`, or the first `count` ones.
 

@@ -33,6 +33,7 @@ from farcli.forecasting import (
     is_file_like,
     overlap,
     reopen,
+    require_same_network,
     resolve_method,
 )
 from farcli.policies import Buffers, EvalBuffers
@@ -199,11 +200,7 @@ def _check_together(truths: Sequence[Trajectory]) -> None:
     for truth in truths[1:]:
         if truth.id and ids.count(truth.id) > 1:
             raise UsageError(f"{truth.path}: is named twice; its runs would count double.")
-        if truth.layout != first.layout:
-            raise UsageError(
-                f"{truth.path}: holds another network (D = {truth.layout.parameters}) than {first.path} "
-                f"(D = {first.layout.parameters}); stores evaluated together must hold the same one."
-            )
+        require_same_network(truth, first, "evaluated")
 
 
 def _check_steps(truth: Trajectory, first: Setting) -> None:

@@ -26,7 +26,7 @@ from farcli.forecasters.base import (
     TrainedForecaster,
 )
 from farcli.forecasters.update_rules import UpdateRule
-from farcli.forecasting import TrainingData, check_context, choose_context, choose_targets
+from farcli.forecasting import TrainingData, check_context, choose_context, choose_targets, require_same_network
 from farcli.provenance import provenance
 from farcli.stream import Block, Source, Stream, open_sources, require_finite, resolve_device
 from farcli.training import threads, workload_of
@@ -91,11 +91,7 @@ def fit(
         if ids.count(source.trajectory.id) > 1:
             raise UsageError(f"{source.trajectory.path}: is named twice; its runs would count double.")
     for source in sources[1:]:
-        if source.trajectory.layout != first.layout:
-            raise UsageError(
-                f"{source.trajectory.path}: holds another network (D = {source.trajectory.layout.parameters}) than "
-                f"{first.path} (D = {first.layout.parameters}); stores fitted together must hold the same one."
-            )
+        require_same_network(source.trajectory, first, "fitted")
     steps_C = choose_context(first, context, start)
     check_context(forecaster, method, steps_C)
     if horizon is not None:

@@ -204,6 +204,58 @@ class TestForecasters:
         )
 
 
+class TestFits:
+    def test_too_few_runs(self, farcli, folder):
+        linreg = ("linreg.zarr", "-o", "new.safetensors", "-q")
+        words = ("fit", "gfm", *linreg, "--set", "validation=0.99")
+        refused(farcli, folder, words, 2, "gfm: validation = 0.99 of", "expected at least 1 on each side")
+        words = ("fit", "far", *linreg, "--train-runs", "0:2")
+        refused(farcli, folder, words, 2, "far: ", "needs at least 3 training runs, found 2")
+        refused(farcli, folder, ("fit", "loss-lfd", *linreg, "--context", "2"), 2, "loss-lfd", "at least 3 snapshots")
+
+    def test_other_grids_and_other_networks(self, farcli, folder):
+        words = ("record", "linreg", "-o", "coarse.zarr", "--runs", "3", "--steps", "20", "--every", "4", "-q")
+        assert farcli(*words, cwd=folder).code == 0
+        words = ("fit", "lfd2", "linreg.zarr", "coarse.zarr", "-o", "new.safetensors", "-q")
+        refused(farcli, folder, words, 2, "coarse.zarr: step 5 is not recorded")
+        words = ("fit", "lfd2", "digits.zarr", "linreg.zarr", "-o", "new.safetensors", "-q")
+        refused(farcli, folder, words, 2, "linreg.zarr: holds another network (D = 2) than digits.zarr (D = ", "pad")
+        for name, hidden in (("deep", "2,2,1"), ("wide", "4,1")):
+            words = ("record", "mlp", "-o", f"{name}.zarr", "--steps", "6", "--set", f"hidden={hidden}", "-q")
+            assert farcli(*words, cwd=folder).code == 0
+        words = ("fit", "lfd2", "deep.zarr", "wide.zarr", "-o", "new.safetensors", "-q")
+        refused(farcli, folder, words, 2, "wide.zarr: holds another network than deep.zarr: other tensors")
+        assert farcli("fit", "gfm", "linreg.zarr", "-o", "g.safetensors", "--set", "epochs=1", cwd=folder).code == 0
+        words = ("forecast", "g.safetensors", "coarse.zarr", "-o", "new.zarr", "-q")
+        refused(farcli, folder, words, 2, "coarse.zarr")
+
+    def test_a_fit_that_diverges_keeps_its_best_state(self, farcli, folder):
+        words = ("fit", "gfm", "linreg.zarr", "-o", "new.safetensors", "--set", "lr=1e30", "--set", "epochs=9", "-q")
+        outcome = farcli(*words, cwd=folder)
+        assert (outcome.code, outcome.out) == (4, "")
+        assert re.search(r"gfm: the fit diverged: .* at update \d+; the last finite loss was \d", outcome.err)
+        assert "best state is in new.safetensors" in outcome.err
+        assert farcli("inspect", "new.safetensors", cwd=folder).code == 0
+
+    def test_parameters_that_never_move(self, farcli, folder):
+        weights = zarr.open_array(folder / "linreg.zarr/weights", mode="r+")
+        weights[..., 1] = 0.5
+        assert farcli("fit", "far", "linreg.zarr", "-o", "new.safetensors", "-q", cwd=folder).code == 0
+        assert farcli("forecast", "new.safetensors", "linreg.zarr", "-o", "new.zarr", "-q", cwd=folder).code == 0
+        forecast = zarr.open_array(folder / "new.zarr/weights", mode="r")[:]
+        assert np.isfinite(forecast).all()
+        np.testing.assert_allclose(forecast[..., 1], 0.5, atol=1e-3)
+
+    def test_a_file_of_another_version(self, farcli, folder):
+        path = folder / "lfd2.safetensors"
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = re.sub(rb"(schema\W+)1\b", rb"\g<1>9", data[8 : 8 + size])
+        assert header != data[8 : 8 + size]
+        path.write_bytes(data[:8] + header + data[8 + size :])
+        refused(farcli, folder, FORECAST, 3, "lfd2.safetensors: has schema 9", "Upgrade farcli")
+
+
 class TestNames:
     @pytest.mark.parametrize(
         ("words", "guess"),
