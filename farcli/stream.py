@@ -256,7 +256,7 @@ class Stream:
             count = shape[0] * shape[1] * shape[2]
             buffer = buffers[slot]
             if buffer is None or buffer.size < count or buffer.dtype != trajectory.dtype:
-                buffer = buffers[slot] = np.empty(count, trajectory.dtype)
+                buffer = buffers[slot] = self._buffer(count, trajectory.dtype)
             out = buffer[:count].reshape(shape)
             return [trajectory.read(runs, steps, start, stop, out=out)]
 
@@ -276,6 +276,13 @@ class Stream:
             finally:
                 for _, _, future in ahead:
                     future.cancel()
+
+    def _buffer(self, count: int, dtype: np.dtype) -> np.ndarray:
+        """Memory to read into: such as the device copies from by itself, where it is a CUDA device."""
+        if self.device.type != "cuda":
+            return np.empty(count, dtype)
+        kind = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(count, dtype=kind, pin_memory=True).numpy()
 
     @property
     def spreads(self) -> bool:

@@ -139,6 +139,22 @@ def test_devices():
         resolve_device("abacus")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_blocks_go_to_a_cuda_device_from_pinned_memory(store):
+    trajectory, values = store
+    stream = Stream(
+        [Source(trajectory=trajectory, runs=(3,))],
+        coupling=Coupling.COORDINATEWISE,
+        steps_C=STEPS,
+        memory=1_100,
+        device=torch.device("cuda"),
+    )
+    assert torch.from_numpy(stream._buffer(5, trajectory.dtype)).is_pinned()
+    blocks = [block.prefix.weights_BCD for block in stream]
+    assert all(weights.device.type == "cuda" for weights in blocks)
+    np.testing.assert_array_equal(torch.cat([weights[0] for weights in blocks], dim=-1).cpu().numpy(), values[0])
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
     """A store whose blocks are worth mapping: three chunks of each snapshot, the last of them cut."""
