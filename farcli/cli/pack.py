@@ -18,7 +18,7 @@ def pack(
         str, typer.Option("--codec", help="none, zstd, pcodec (lossless), or bitround:N (keeps N mantissa bits).")
     ] = "zstd",
     steps: Annotated[
-        str | None, typer.Option("--steps", help="Steps to keep: A:B:C, where C takes every C-th.")
+        str | None, typer.Option("--steps", help="Steps to keep: 0:600, or every second of these, 0:600:2.")
     ] = None,
     runs: Runs = None,
     dtype: Annotated[str | None, typer.Option("--dtype", help="Cast to float64, float32 or float16.")] = None,
