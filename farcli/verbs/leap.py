@@ -125,9 +125,10 @@ def leap(
     Returns:
         A row for each run: path, workload, run, seed, steps, predictor, gate, proposals, accepted, rejected,
         unverified, verification and proposing (cost, in steps), lost (steps, by roll-backs), cost (all of it), loss,
-        average_loss (held-out, at the end), chance; with a control also control_loss, control_average_loss,
-        equivalent_steps (of the control's average to the leaping run's average loss, `bound` where the control never
-        got there), net_steps (equivalent steps − cost) and speedup (their ratio).
+        average_loss (held-out, at the end), chance; after a warm start sibling_steps; with a control also control_loss,
+        control_average_loss, equivalent_steps (of the control's average to the leaping run's average loss), net_steps
+        (equivalent steps − cost), speedup (their ratio), and `bound`, true where the control never got there, so that
+        all three are at least what they say (0: at most, where it began better).
 
     Raises:
         UsageError: an argument cannot be meant, the output exists, or it holds another training.

@@ -41,8 +41,8 @@ def summary_rows(
           over runs; None for one), equivalent_steps (median over snapshots) with its quartiles …_low and …_high,
           bounded (share of snapshots where that is only a bound), worth_k (share worth at least K steps, of those
           where it is known), inflation (median) and inflation_max, harmful (share worth less than nothing),
-          net_… by each criterion: mean over snapshots of the equivalent steps of what is accepted, less the
-          verification of every leap.
+          verification_steps (of a leap), net_… by each criterion: mean over snapshots of the equivalent steps of
+          what is accepted, less the verification of every leap.
         - "cascades", for each predictor, cascade and regime: snapshots, runs, complete (share) and complete_std,
           reached (mean), equivalent_steps (median), net_steps (mean).
         - "auc", for each predictor, K, signal and target: auc, auc_low, auc_high (95 %), positives, negatives.
