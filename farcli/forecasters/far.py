@@ -326,14 +326,13 @@ class Far(SolvedForecaster):
         with _named():
             sums = self._lfd2[0].sums(problem)
         first = len(self._lfd2) > 1
-        match self._config.method:
-            case "identify" if first:
-                return Runs(problem, sums)
-            case "loss" if first:
-                return Rows(sums, PrefixRows(problem), None)
-            case "loss" if self._leap is not None and self._leap.rows_RCD is not None:
-                leap = self._leap
-                return Rows(sums, None, LeapErrors(problem, leap.forecaster, leap.rows_RCD, leap.scale_S))
+        method, leap = self._config.method, self._leap
+        if method == "identify" and first:
+            return Runs(problem, sums)
+        if method == "loss" and first:
+            return Rows(sums, PrefixRows(problem), None)
+        if leap is not None and leap.rows_RCD is not None:
+            return Rows(sums, None, LeapErrors(problem, leap.forecaster, leap.rows_RCD, leap.scale_S))
         return sums
 
     def solved(self, problem: Problem, sums: Any) -> Self:

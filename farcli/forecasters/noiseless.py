@@ -145,6 +145,7 @@ def _descended(
     damping_N = torch.full((len(theta_NP),), 1e-3, dtype=torch.float64)
     value_NY, slope_NYP = _linearised(rule, theta_NP, start_ND, marks)
     objective_N = _or_infinite((seen_NY - value_NY).square().sum(1))
+    error_N = torch.full_like(objective_N, torch.inf)
     for _ in range(_STEPS):
         stacked_NMP, unit_NP = _unit_columns(slope_NYP / precision, damping_N)
         q_NMP, r_NPP = torch.linalg.qr(stacked_NMP)

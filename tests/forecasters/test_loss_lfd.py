@@ -24,7 +24,7 @@ class Distance(TrainingLoss):
 
     points_RD: Tensor
     noise: float = 0.0
-    batches: int = 4
+    batches: int = 4  # pyright: ignore[reportIncompatibleMethodOverride]
 
     def at(self, weights_D: Tensor, run: int, batch: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch)
@@ -113,7 +113,9 @@ def test_far_leaps_where_that_lowers_the_loss_of_runs_left_out() -> None:
     problem = Problem(layout=LAYOUT, coordinates=5, runs=12, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
     again = Far.restore(fitted.config, problem, fitted.tensors())
     assert torch.equal(again.forecast(prefix_of(rows_RCD), STEPS_H), forecast_BHD)
-    assert torch.equal(again.half_width(prefix_of(rows_RCD), STEPS_H), half_BHD)
+    half_again_BHD = again.half_width(prefix_of(rows_RCD), STEPS_H)
+    assert half_again_BHD is not None
+    assert torch.equal(half_again_BHD, half_BHD)
 
 
 def test_far_keeps_w_n_where_better_weights_have_a_higher_loss() -> None:
