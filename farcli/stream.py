@@ -30,7 +30,7 @@ _LEAST_MAPPED = 2 << 20
 _SMALL_ROW, _SMALL_BLOCK = 512 << 10, 4 << 20
 """Bytes of a snapshot, and of some targets, that one thread reads at once where it uses them itself: they stay in its
 cache, and to fetch less costs more in calls."""
-_PART_BYTES = 256 << 20
+_PART_BYTES = 64 << 20
 """Bytes of what one thread works through before its result is asked for."""
 _MAPPED_MORE = 4 << 20
 """Bytes of a file that count as ours beside what is asked for: large pages, of 2 MiB, are mapped whole."""

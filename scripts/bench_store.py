@@ -377,21 +377,17 @@ def fit(folder: Path, size: int, steps: int, **_: Any) -> list[dict[str, Any]]:
         for _ in stream.spread(lambda blocks: deque(blocks, maxlen=0), threads=2):
             pass
 
-    def idle() -> None:
-        launched([sys.executable, "-c", "import torch"])
-
-    times = interleaved({"read": only_read, "fit": fitted, "bare": bare, "preadv": preadv, "idle": idle}, 3)
+    times = interleaved({"read": only_read, "fit": fitted, "bare": bare, "preadv": preadv}, 3)
     solved = [item[2]["seconds"] for item in found[1:]]
     read = [wall for wall, _ in times["read"]]
     share = statistics.median(a / b for a, b in zip(read, solved, strict=True))
     against_raw = statistics.median(a / b for (a, _), b in zip(times["preadv"], solved, strict=True))
     whole = statistics.median(a / b for a, (b, _) in zip(read, times["fit"], strict=True))
+    started, idle, *_ = launched([sys.executable, "-c", "import torch"])
     # Beside a program that imports torch and then does nothing but read.
-    programs = statistics.median(
-        (a + c) / b for a, (b, _), (c, _) in zip(read, times["fit"], times["idle"], strict=True)
-    )
+    programs = statistics.median((a + started) / b for a, (b, _) in zip(read, times["fit"], strict=True))
     bare = statistics.median(a / b for (a, _), b in zip(times["bare"], solved, strict=True))
-    rss = max(item[1] for item in found) - idle_torch()
+    rss = max(item[1] for item in found) - idle
     start = launched([PROGRAM, "fit", "--help"])[2]
     processor = statistics.median(
         b / max(item[2]["cpu"] - start, 1e-9) for item, (_, b) in zip(found[1:], times["read"], strict=True)
