@@ -1,6 +1,8 @@
 """`farcli leap WORKLOAD`: the real command, its store, its ledger, its stops."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,12 @@ import pytest
 import zarr
 
 from farcli.errors import StoppedError, UsageError
+from farcli.speculation.arrays import read_part, read_rows
 from farcli.speculation.options import Leaping
 from farcli.store import Trajectory
 from farcli.training import TrainingRun, run_seed, workload_from
 from farcli.verbs.leap import leap, step_operations
-from farcli.verbs.leap_ledger import read_rows
+from farcli.workloads.digits_cnn import DigitsCnn
 
 Farcli = Callable[..., Any]
 OPTIONS = {"held_back": "200"}
@@ -110,6 +113,55 @@ def test_a_stopped_training_goes_on_bit_for_bit(tmp_path: Path, predictors: list
     assert [{**row, "path": None} for row in again] == [{**row, "path": None} for row in rows]
     assert read_rows(parts) == read_rows(whole)
     assert not list(parts.glob("*.pt"))
+
+
+class Interrupted(DigitsCnn):  # pyright: ignore[reportGeneralTypeIssues] - final elsewhere
+    """Sends its own process a signal between the two measurements of a verification of the second run, once told to."""
+
+    def verification(self, seed: int, draw: int, batches: int) -> Any:
+        """The digits', and the signal before the second of draw 1."""
+        if seed == run_seed(0, 1) and draw == 1 and (number := os.environ.pop("INTERRUPT", "")):
+            if number.startswith("+"):
+                os.kill(os.getpid(), int(number))
+            else:
+                os.environ["INTERRUPT"] = f"+{number}"
+        return super().verification(seed, draw, batches)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("interrupted") / "whole.zarr"
+    leap(
+        f"{__name__}:Interrupted",
+        path,
+        predictors=["spectral"],
+        leaping=HOW,
+        steps=40,
+        every=10,
+        options=OPTIONS,
+        runs=2,
+    )
+    return path
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_signal_in_the_middle_of_a_verification(
+    farcli: Farcli, tmp_path: Path, whole: Path, number: int, code: int
+) -> None:
+    root, parts = str(Path(__file__).parents[2]), tmp_path / "parts.zarr"
+    words = [f"{__name__}:Interrupted" if word == "digits-cnn" else word for word in WORDS]
+    asked = (*words, "--runs", 2, "-q", "-o", parts)
+    stopped = farcli(*asked, env={"PYTHONPATH": root, "INTERRUPT": str(int(number))})
+    assert stopped.code == code, stopped.err
+    assert (parts / "training.pt").exists() == (code == 75)
+    done = farcli(*asked, "--resume", env={"PYTHONPATH": root})
+    assert done.code == 0, done.err
+    assert everything(parts) == everything(whole)
+    assert everything(parts / "average.zarr") == everything(whole / "average.zarr")
+    assert read_rows(parts) == read_rows(whole)
+    ledgers = [json.dumps(read_part(path, "proposal"), sort_keys=True) for path in (parts, whole)]
+    assert ledgers[0] == ledgers[1]
+    assert "accepted" in ledgers[0]
 
 
 def test_what_a_warm_start_begins_with(tmp_path: Path, farcli: Farcli) -> None:
