@@ -390,7 +390,8 @@ def _notes(rows: list[dict]) -> list[str]:
         f"{', '.join(names)}: of all snapshots.",
         "loss ×: median factor · worth: training steps of the run itself that bring the same held-out loss, median",
         "over snapshots [quartiles] · ≥ K: share worth the K steps skipped · net: mean steps gained by leaping where",
-        f"{names[0]} accepts, less verification · AUC: how well a signal foretells acceptance, .5 is chance.",
+        f"{names[0]} accepts, less verification · AUC: how well a signal foretells acceptance, .5 is chance (worth: "
+        "--format ndjson).",
     ]
     cost = next((row["verification_steps"] for row in rows if row["kind"] == "leap"), None)
     if cost is not None:

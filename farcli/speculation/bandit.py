@@ -5,6 +5,9 @@ from typing import Any
 
 import numpy as np
 
+_DISCOUNT = 0.9
+"""What is kept of what is known, at each reward."""
+
 
 class Bandit:
     """Arms with Gaussian rewards that drift; the arm that draws best is taken.
@@ -17,16 +20,12 @@ class Bandit:
     Args:
         strengths: of the arms, 0 for no leap.
         seed: of its draws.
-        discount: what is kept of what is known, at each reward.
         spread: prior standard deviation of a reward.
     """
 
-    def __init__(
-        self, strengths: Sequence[float], *, seed: int = 0, discount: float = 0.9, spread: float = 0.5
-    ) -> None:
+    def __init__(self, strengths: Sequence[float], *, seed: int = 0, spread: float = 0.5) -> None:
         self._strengths = np.array(strengths, float)
         self._random = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(6,)))
-        self._discount = discount
         self._spread = spread
         self._count = np.zeros(len(strengths))
         self._sum = np.zeros(len(strengths))
@@ -44,8 +43,8 @@ class Bandit:
 
     def reward(self, arm: int, value: float) -> None:
         """What an arm earned; clipped to ±2, so that one disaster is not remembered for ever."""
-        self._count *= self._discount
-        self._sum *= self._discount
+        self._count *= _DISCOUNT
+        self._sum *= _DISCOUNT
         self._count[arm] += 1
         self._sum[arm] += float(np.clip(value, -2, 2))
 

@@ -9,6 +9,7 @@ from farcli.forecasters.table import FORECASTERS
 from farcli.registry import resolve
 from farcli.speculation.base import Predictor
 from farcli.speculation.options import Leaping
+from farcli.speculation.predictors.forecast import Forecast
 from farcli.speculation.table import PREDICTORS
 from farcli.workloads.base import Workload
 from farcli.workloads.table import WORKLOADS
@@ -32,7 +33,10 @@ def methods() -> list[dict[str, Any]]:
 
 
 def predictors() -> list[dict[str, Any]]:
-    """One row a predictor of leaps while training: predictor, context, reference, options; the leaper's own last."""
+    """One row a predictor of leaps while training: predictor, context, reference, options.
+
+    Forecasters come last but one, as one row with what they have in common, and the leaper's own options last.
+    """
     rows = []
     for name in PREDICTORS:
         cls: type[Predictor] = resolve("predictor", name, PREDICTORS)
@@ -44,14 +48,13 @@ def predictors() -> list[dict[str, Any]]:
                 "options": [asdict(option) for option in options_of(cls.Config)],
             }
         )
-    rows.append(
-        {
-            "predictor": "(any)",
-            "context": None,
-            "reference": "options of leaping itself, --leap key=value",
-            "options": [asdict(option) for option in options_of(Leaping)],
-        }
-    )
+    others = [
+        ("(forecasters)", f"by name or FILE.safetensors: {Forecast.reference}", Forecast.Config),
+        ("(any)", "options of leaping itself, --leap key=value", Leaping),
+    ]
+    for name, reference, config in others:
+        options = [asdict(option) for option in options_of(config)]
+        rows.append({"predictor": name, "context": None, "reference": reference, "options": options})
     return rows
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import final
 
 from farcli.speculation.base import Observed, Predictor, Proposal
+from farcli.speculation.offline import along_moments
 
 
 @final
@@ -32,9 +33,12 @@ class MomentsAlong(Predictor):
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """−K·lr·m̂/(√v̂ + ε)."""
         moments = seen.moments()
-        first_D, second_D = moments.first_D, moments.second_D
-        if self._config.corrected:
-            first_D = first_D / (1 - moments.betas[0] ** moments.updates)
-            second_D = second_D / (1 - moments.betas[1] ** moments.updates)
-        move_D = first_D / (second_D.sqrt() + moments.epsilon)
-        return Proposal(move_D=move_D.mul_(-ahead * seen.rate * strength))
+        direction_D = along_moments(
+            moments.first_D,
+            moments.second_D,
+            updates=moments.updates,
+            betas=moments.betas,
+            epsilon=moments.epsilon,
+            corrected=self._config.corrected,
+        )
+        return Proposal(move_D=direction_D.to(seen.now.dtype).mul_(ahead * seen.rate * strength))
