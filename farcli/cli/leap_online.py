@@ -52,7 +52,7 @@ def online(
         time_limit: as typed.
         rest: handed on to the verb.
     """
-    from farcli.cli.output import chosen_format, emit
+    from farcli.cli.output import chosen_format, emit, say
     from farcli.cli.progress import progress
     from farcli.cli.signals import stop_flag
     from farcli.config import parse_assignments, parse_duration
@@ -85,6 +85,11 @@ def online(
             report=report,
             told=told,
             **rest,
+        )
+    if predictors != ["none"] and not any(row["proposals"] for row in rows):
+        say(
+            f"no leap was proposed in {rows[0]['steps']} steps: its window of {leaping.window} has to end before they "
+            "do, and its costs have to be saved up first; see --window, --verify-budget and --leap compute=."
         )
     if quiet:
         print(output, flush=True)

@@ -204,11 +204,15 @@ def test_bad_input(farcli: Farcli, tmp_path: Path) -> None:
         ((*WORDS, "--require", "speedup=abc"), 2, "--require"),
         ((*WORDS, "--require", "accepted=10000", "-q"), 5, "accepted"),
         ((*WORDS, "--warm-start-from", tmp_path / "none.zarr"), 3, "none.zarr"),
+        ((*WORDS, "--predictors", "moments", "--set", "optimizer=sgd"), 2, "SGD keeps no exp_avg"),
         ((*WORDS, "--set", "lr=1e30"), 4, "not finite"),
     ):
         done = farcli(*words)
         assert (done.code, "Traceback" in done.err) == (code, False), (words, done.err)
         assert text in done.err, (words, done.err)
         assert done.err.count("farcli: error:") == 1
+    silent = farcli("leap", "digits-cnn", "--set", "held_back=200", "--steps", 5)
+    assert silent.code == 0
+    assert "no leap was proposed in 5 steps: its window of 100" in silent.err
     with pytest.raises(UsageError, match="batches 0"):
         trained(tmp_path / "x.zarr", batches=0)
