@@ -316,6 +316,10 @@ class Cells:
                 row = json.loads(line)
                 self.rows[_key(row)] = row
 
+    def close(self) -> None:
+        """Let the processes go."""
+        self._pool.shutdown()
+
     def get(self, keys: Sequence[Key]) -> list[dict[str, Any]]:
         """The rows of these cells, trained where they are not there yet."""
         missing = [key for key in dict.fromkeys(keys) if key not in self.rows]
@@ -613,6 +617,7 @@ def main() -> None:
         (RESULTS.parent / "leap-bench.ndjson").write_text("".join(json.dumps(line) + "\n" for line in lines))
         text = "\n".join(markdown(rows, seeds))
         (RESULTS.parent / "leap-bench.md").write_text(text)
+    cells.close()
     print((RESULTS.parent / "leap-bench.md").read_text())
 
 
