@@ -13,7 +13,7 @@ from torch import Tensor
 
 from farcli.artefact import build
 from farcli.config import configure
-from farcli.errors import NonFiniteError, UsageError
+from farcli.errors import NonFiniteError, StoreError, UsageError
 from farcli.forecasters.base import FittedForecaster, Forecaster, Prefix
 from farcli.forecasters.table import FORECASTERS
 from farcli.layout import Layout
@@ -179,18 +179,24 @@ class _RecordedMoments:
                 "Record it with --with-optimizer, or choose other --predictors.",
             )
         self._stored = Trajectory.open(path, partial=not truth.finished)
-        names = {slot.name: slice(slot.offset, slot.stop) for slot in self._stored.layout.floats}
-        self._places = [
-            (slice(slot.offset, slot.stop), names[f"{slot.name}.exp_avg"], names[f"{slot.name}.exp_avg_sq"])
+        slots = {slot.name: slot for slot in self._stored.layout.floats}
+        found = [
+            (slot, slots[f"{slot.name}.exp_avg"], slots[f"{slot.name}.exp_avg_sq"])
             for slot in truth.layout.floats
-            if f"{slot.name}.exp_avg" in names and f"{slot.name}.exp_avg_sq" in names
+            if f"{slot.name}.exp_avg" in slots and f"{slot.name}.exp_avg_sq" in slots
         ]
-        if not self._places:
-            found = ", ".join(sorted({name.rsplit(".", 1)[1] for name in names})) or "nothing"
+        kinds = sorted({name.rsplit(".", 1)[1] for name in slots})
+        if any(slot.shape != each.shape for slot, *moments in found for each in moments) or (
+            not found and "exp_avg_sq" in kinds
+        ):
+            raise StoreError(f"{path}: holds the moments of another network than {truth.path} is of.")
+        if not found:
             raise UsageError(
-                f"{path}: holds {found} of its optimiser, but {who} needs Adam's exp_avg and exp_avg_sq.",
+                f"{path}: holds {', '.join(kinds) or 'nothing'} of its optimiser, but {who} needs Adam's exp_avg and "
+                "exp_avg_sq.",
                 "Record a training with Adam or AdamW, or choose other --predictors.",
             )
+        self._places = [tuple(slice(slot.offset, slot.stop) for slot in each) for each in found]
         self._last: tuple[int, int, np.ndarray] | None = None
 
     def at(self, run: int, step: int) -> list[tuple[slice, Tensor, Tensor]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from farcli import Recorder
-from farcli.errors import CheckFailedError, NonFiniteError, UsageError
+from farcli.errors import CheckFailedError, NonFiniteError, StoreError, UsageError
+from farcli.layout import layout_of
 from farcli.regimes import Thresholds
 from farcli.store import Trajectory, TrajectoryWriter
 from farcli.training import Network, workload_of
@@ -326,6 +327,23 @@ def test_moments_that_are_not_numbers_are_named(store, tmp_path):
                 writer.append(step, vectors[run, place], run=run)
         writer.finish()
     with pytest.raises(NonFiniteError, match="run 1, step 35: its moments are not finite"):
+        leap_offline(str(path), predictors=["momentum"], ahead=[5], cascades=[])
+
+
+@pytest.mark.parametrize(
+    "rename", [lambda slot: (f"other.{slot.name}", slot.shape), lambda slot: (slot.name, (slot.size, 1))]
+)
+def test_moments_of_another_network_are_refused(store, tmp_path, rename):
+    path = tmp_path / "mixed.zarr"
+    shutil.copytree(store, path)
+    inner = Trajectory.open(path / "optimizer.zarr")
+    layout = layout_of([(*rename(slot), slot.dtype, slot.role) for slot in inner.layout.floats])
+    moments = inner.read([0], inner.steps[:1])[0, 0]
+    shutil.rmtree(path / "optimizer.zarr")
+    with TrajectoryWriter.create(path / "optimizer.zarr", layout, [0], planned_steps=inner.steps[:1]) as writer:
+        writer.append(inner.steps[0], moments, run=0)
+        writer.finish()
+    with pytest.raises(StoreError, match="holds the moments of another network"):
         leap_offline(str(path), predictors=["momentum"], ahead=[5], cascades=[])
 
 
