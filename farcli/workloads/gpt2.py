@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -166,6 +167,7 @@ class Gpt2(Workload):
             encode, vocabulary = _bytes, _BYTES
         else:
             encode, vocabulary = _byte_pairs(config)
+        self._seen = text.held_out in text.train
         self._train, held_out = encode(text.train), encode(text.held_out)
         self._text_held_out = held_out
         context = sizes["context"]
@@ -173,9 +175,8 @@ class Gpt2(Workload):
             if len(part) <= context:
                 raise UsageError(f"gpt2: {len(part)} tokens {what}, expected more than context={context}.")
         starts = np.linspace(0, len(held_out) - context - 1, config.windows).astype(np.int64)
+        self._context, self._starts = context, starts
         self._held_out = _windows(held_out, starts, context)
-        gaps = zip(starts + context + 1, [*starts[1:], len(held_out)], strict=True)
-        self._spare = np.concatenate([np.arange(first, stop - context, context + 1) for first, stop in gaps])
         self._architecture = {
             "vocab_size": vocabulary,
             "bos_token_id": None,
@@ -218,8 +219,7 @@ class Gpt2(Workload):
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Pairs (tokens, those that follow) of shape [batch, context]: windows at uniformly drawn places."""
         (seed,) = seeds
-        context, places = self._config.context, stream(seed, "order")
-        assert context is not None  # filled in
+        context, places = self._context, stream(seed, "order")
         for _ in range(start):
             places.integers(len(self._train) - context, size=self._config.batch)
         while True:
@@ -241,18 +241,30 @@ class Gpt2(Workload):
         count = self._held_out[1].numel()
         return {"loss": loss / count, "accuracy": right / count}
 
+    @cached_property
+    def _spare(self) -> np.ndarray:
+        """Starts of windows between those that `evaluate` reports, whose tokens are nowhere one of these."""
+        text, span = self._text_held_out, self._context + 1
+        gaps = zip(self._starts + span, [*self._starts[1:], len(text)], strict=True)
+        spare = np.concatenate([np.arange(first, stop - span + 1, span) for first, stop in gaps])
+        reported = {_content(text, start, span) for start in self._starts}
+        return spare[[_content(text, start, span) not in reported for start in spare]]
+
     def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
         """Windows of the held-out text between those that `evaluate` reports; none share a token."""
-        context = self._config.context
-        assert context is not None  # filled in
+        if self._seen:
+            raise UsageError(
+                "gpt2: all of the text held out is trained on: nothing is left to verify leaps on.",
+                "Hold out another text: --set held_out=OTHER.txt.",
+            )
         if not len(self._spare):
             raise UsageError(
-                f"gpt2: windows={self._config.windows} of {context} tokens leave no room between them to verify leaps "
-                f"on, in {len(self._text_held_out)} held out.",
-                f"Report on fewer: --set windows={max(1, len(self._text_held_out) // (context + 1) // 2)}.",
+                f"gpt2: windows={self._config.windows} of {self._context} tokens leave no room between them to verify "
+                f"leaps on, in {len(self._text_held_out)} held out.",
+                f"Report on fewer: --set windows={max(1, len(self._text_held_out) // (self._context + 1) // 2)}.",
             )
         parts = fresh(seed, draw, batches, len(self._spare), self._config.batch)
-        return [_windows(self._text_held_out, self._spare[part.numpy()], context) for part in parts]
+        return [_windows(self._text_held_out, self._spare[part.numpy()], self._context) for part in parts]
 
     def chance(self) -> dict[str, float]:
         """Always answer with the tokens' frequencies in the training text, each counted once more than it is there."""
@@ -291,6 +303,10 @@ def _sizes(config: Gpt2Config, stored: dict[str, Any] | None) -> dict[str, int]:
     if context > sizes["positions"]:
         raise UsageError(f"gpt2: context={context} tokens, but there are {sizes['positions']} positions.")
     return sizes | {"context": context}
+
+
+def _content(tokens: Tensor, start: int, span: int) -> bytes:
+    return tokens[start : start + span].numpy().tobytes()
 
 
 def _windows(tokens: Tensor, starts: np.ndarray, context: int) -> Batch:

@@ -142,6 +142,21 @@ def test_what_leaps_are_verified_on_shares_no_token_with_what_is_reported(window
     assert max(places) < len(workload._text_held_out)
 
 
+def test_text_that_comes_again_is_not_verified_on(tmp_path):
+    """A held-out text of one passage over and over, and a passage of its own at the end."""
+    passage, own = bytes(range(65, 65 + 49)), bytes(range(150, 150 + 49))
+    (tmp_path / "train.txt").write_bytes(bytes(range(32, 128)) * 20)
+    (tmp_path / "held.txt").write_bytes(passage * 6 + own + passage)
+    workload = tiny(data=str(tmp_path / "train.txt"), held_out=str(tmp_path / "held.txt"), windows="2", context="48")
+    ((tokens, _),) = workload.verification(SEED, 0, 1)
+    assert {bytes(row.tolist()) for row in tokens} == {own[:48]}
+    (tmp_path / "held.txt").write_bytes((bytes(range(32, 128)) * 20)[:500])
+    with pytest.raises(UsageError, match="trained on"):
+        tiny(data=str(tmp_path / "train.txt"), held_out=str(tmp_path / "held.txt"), windows="2").verification(
+            SEED, 0, 1
+        )
+
+
 def test_windows_without_room_between_them_are_told_how_many_would_leave_some():
     with pytest.raises(UsageError, match="windows=2000 of 48 tokens leave no room") as caught:
         tiny(windows="2000").verification(SEED, 0, 1)
