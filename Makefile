@@ -94,8 +94,11 @@ horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification, fo
 	$(BIN)/python scripts/lfd_tables.py horizon $(FULL)
 
 # Need CIFAR-10 and Fashion-MNIST beside `make data`, see the README. Finished cells of the benchmark are kept.
-leap-bench leap-warm: $(VENV)/dev data/.fetched  ## Do leaps pay against tuned controls (three hours)? Warm starts (half an hour)
-	$(BIN)/python scripts/$(subst -,_,$@).py
+leap-bench: $(VENV)/dev data/.fetched  ## Do leaps pay against tuned controls? Three hours; larger ones with FULL=--full
+	$(BIN)/python scripts/leap_bench.py $(FULL)
+
+leap-warm: $(VENV)/dev data/.fetched  ## What eight siblings cost that start where the first one ended: half an hour
+	$(BIN)/python scripts/leap_warm.py
 
 # Needs WikiText-2 beside `make data`, see the README. `FULL=--full` trains 124M parameters, on a GPU where there is one.
 leap-verify leap-moments: $(VENV)/dev data/.fetched  ## Leap+Verify: what it accepts, what that is worth, why momentum failed

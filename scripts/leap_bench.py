@@ -1,6 +1,7 @@
 """Do leaps pay? Every method at its own best learning rate, against controls at theirs, by net cost to the same loss.
 
     make leap-bench            four workloads, about three hours on two cores; finished cells are kept
+    make leap-bench FULL=--full   larger ones, on a GPU where there is one
     python scripts/leap_bench.py --workloads gpt2,cnn --jobs 2
 
 For each workload the controls (constant rate with EMA, cosine, WSD with EMA) and every method sweep the learning rate
@@ -22,12 +23,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "leap-bench"
-CELLS = RESULTS / "cells.ndjson"
+RESULTS = Path(__file__).parent / "results"
 BUDGETS = (0.5, 1.0)
 TUNING = (100, 101)
 SEEDS = (0, 1, 2, 3, 4)
@@ -107,6 +108,22 @@ TASKS = {
     ),
     "distilbert": Task(
         "distilbert", {"length": "24", "batch": "8", "sentences": "400"}, steps=60, rate=5e-5, without=_DEAR
+    ),
+    "gpt2-full": Task(
+        "gpt2",
+        {"layers": "6", "heads": "6", "width": "384", "context": "256", "batch": "32", "windows": "256"},
+        steps=2000,
+        rate=1e-3,
+    ),
+    "cnn-full": Task("nas-cnn", {"optimizer": "adamw", "held_out": "5000", "batch": "128"}, steps=4000, rate=1e-2),
+    "large-batch-full": Task(
+        "vit",
+        {"optimizer": "adamw", "depth": "6", "hidden": "128", "patch": "4", "batch": "2048", "held_out": "5000"},
+        steps=600,
+        rate=2e-3,
+    ),
+    "distilbert-full": Task(
+        "distilbert", {"length": "64", "batch": "32", "sentences": "1000"}, steps=300, rate=5e-5, without=("NiNo-MLP",)
     ),
 }
 
@@ -203,7 +220,7 @@ def train(task: str, method: str, setting: str, rate: float, budget: float, seed
     )
     if how.predictor == "nino-mlp":
         chosen["weights"] = str(_NINO)
-    workload = workload_from(what.workload, options, steps=steps)
+    workload = placed(workload_from(what.workload, options, steps=steps))
     own = run_seed(seed, 0)
     training = TrainingRun(workload, [own])
     if how.muon:
@@ -263,6 +280,35 @@ def train(task: str, method: str, setting: str, rate: float, budget: float, seed
         "accepted": account.accepted + account.unverified,
         "lost": account.lost,
     }
+
+
+class OnCuda:
+    """A workload whose network and batches are on a GPU; reported losses are taken on a copy that is not."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def model(self, seeds: Sequence[int]) -> Any:
+        return self._inner.model(seeds).to("cuda")
+
+    def batches(self, *words: Any) -> Iterator[Any]:
+        return (tuple(part.to("cuda") for part in batch) for batch in self._inner.batches(*words))
+
+    def verification(self, *words: Any) -> list[Any]:
+        return [tuple(part.to("cuda") for part in batch) for batch in self._inner.verification(*words)]
+
+    def evaluate(self, model: Any, seed: int) -> dict[str, float]:
+        return self._inner.evaluate(deepcopy(model).cpu(), seed)
+
+
+def placed(workload: Any) -> Any:
+    """The workload on a GPU, where there is one."""
+    import torch
+
+    return OnCuda(workload) if torch.cuda.is_available() else workload
 
 
 def muon(model: Any, rate: float) -> Any:
@@ -586,14 +632,17 @@ def markdown(rows: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> Iterato
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workloads", default=",".join(TASKS))
+    parser.add_argument("--workloads", help=f"some of {', '.join(TASKS)}; those without -full by default")
+    parser.add_argument("--full", action="store_true", help="those with -full instead")
     parser.add_argument("--methods", default=None, help="only these, by the beginning of their names; controls always")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     parser.add_argument("--tuning", type=int, default=1, help="tuning seeds")
     parser.add_argument("--sweep-only", action="store_true")
     words = parser.parse_args()
-    tasks = words.workloads.split(",")
+    tasks = [task for task in TASKS if task.endswith("-full") == words.full]
+    tasks = tasks if words.workloads is None else words.workloads.split(",")
+    name = "leap-bench-full" if words.full else "leap-bench"
     if unknown := [task for task in tasks if task not in TASKS]:
         parser.error(f"unknown workload {unknown[0]!r}, expected some of {', '.join(TASKS)}")
     if not _NINO.exists():
@@ -603,7 +652,7 @@ def main() -> None:
         wanted = tuple(words.methods.split(","))
         for method in [name for name, how in METHODS.items() if not how.control and not name.startswith(wanted)]:
             del METHODS[method]
-    cells = Cells(CELLS, words.jobs)
+    cells = Cells(RESULTS / name / "cells.ndjson", words.jobs)
     best = sweeps(cells, tasks, TUNING[: words.tuning])
     if words.sweep_only:
         return
@@ -614,11 +663,10 @@ def main() -> None:
     for task in tasks:
         rows += compared(cells, task, chosen, best, seeds)
         lines = [{key: row[key] for key in row if key != "drawn"} for row in rows] + together(rows)
-        (RESULTS.parent / "leap-bench.ndjson").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        text = "\n".join(markdown(rows, seeds))
-        (RESULTS.parent / "leap-bench.md").write_text(text)
+        (RESULTS / f"{name}.ndjson").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (RESULTS / f"{name}.md").write_text("\n".join(markdown(rows, seeds)))
     cells.close()
-    print((RESULTS.parent / "leap-bench.md").read_text())
+    print((RESULTS / f"{name}.md").read_text())
 
 
 if __name__ == "__main__":
