@@ -228,7 +228,7 @@ def test_intervals_are_stored_beside_the_forecast(job, farcli, tmp_path):
     fitted, out, halves = tmp_path / "i.safetensors", tmp_path / "f.zarr", tmp_path / "half.zarr"
     words = ("fit", "lfd2", "runs/digits.zarr", "-o", fitted, "--train-runs", "0:8", "--to", "100,160")
     assert farcli(*words, "--set", "ridge=loo", "--set", "intervals=true", "-q", cwd=folder).code == 0
-    words = ("runs/digits.zarr", "--runs", "8:12", "--to", "100,160", "-q")
+    words = ("runs/digits.zarr", "--runs", "8:12", "--to", "100,160")
     row = json.loads(farcli("forecast", fitted, *words, "-o", out, "--intervals", halves, cwd=folder).out)
     runs, steps = [8, 9, 10, 11], [100, 160]
     paths = (folder / "runs/digits.zarr", out, halves)
@@ -236,7 +236,7 @@ def test_intervals_are_stored_beside_the_forecast(job, farcli, tmp_path):
     moving = half[0, 0] > 0  # buffers have no interval
     assert moving.sum() == row["parameters"]
     assert 0.8 < (abs(forecast - truth) <= half)[..., moving].mean() < 0.99
-    np.testing.assert_allclose(row["width"], 2 * half[..., moving].mean((0, 2)), rtol=1e-5)
+    np.testing.assert_allclose(row["width"], 2 * half[..., moving].mean((0, 2), dtype=np.float64), rtol=1e-5)
     done = farcli("eval", halves, "runs/digits.zarr", cwd=folder)
     assert (done.code, "not a forecast" in done.err) == (2, True)
     plain = tmp_path / "plain.zarr"
