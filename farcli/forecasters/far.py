@@ -26,7 +26,7 @@ from farcli.forecasters.base import (
     stored,
 )
 from farcli.forecasters.identification import UNEXPLAINED, Experiment, Population, forecast, identify
-from farcli.forecasters.intervals import Counts, quantile
+from farcli.forecasters.intervals import CountedErrors, quantile
 from farcli.forecasters.lfd2 import Lfd2
 from farcli.forecasters.loss_lfd import LossLfd, PrefixRows
 from farcli.forecasters.update_rules import UpdateRule
@@ -109,12 +109,12 @@ class Rows(Sums):
 
 
 @final
-class LeapErrors(Sums):
+class LeapErrors(CountedErrors):
     """How large the errors of leaps fitted without a run are on that run, in units of a scale of each tensor."""
 
     def __init__(self, problem: Problem, leap: LossLfd, rows_RCD: Tensor, scale_S: Tensor) -> None:
+        super().__init__(len(scale_S), len(problem.steps_H))
         self._leap, self._rows_RCD, self._scale_S = leap, rows_RCD, scale_S
-        self.counts = Counts(len(scale_S), len(problem.steps_H))
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
@@ -129,15 +129,6 @@ class LeapErrors(Sums):
                 start = prefix.start + segment.start
                 error_HN = (truth_HN - leapt_D[start : start + width]) / self._scale_S[segment.slot]
                 self.counts.add(segment.slot, error_HN[None])
-
-    def merge(self, other: Any) -> None:
-        """Add another part's counts."""
-        self.counts.merge(other.counts)
-
-    @property
-    def finite(self) -> bool:
-        """True: the pass before has seen to it."""
-        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,9 +8,12 @@ Shape suffixes: B runs, R runs, S tensors, H horizons, N coordinates, Q bins.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from farcli.forecasters.base import Sums
 
 LEVEL = 0.9
 """The share of a new run's coordinates that lie within."""
@@ -54,3 +57,19 @@ class Counts:
         place_SH = (self.counts_SHQ.cumsum(-1) >= rank(total_SH1)).long().argmax(-1)
         width_SH = 2.0 ** ((place_SH + 1) / _PER_OCTAVE + _LOWEST)
         return torch.where((total_SH1[..., 0] > 0) & (place_SH > 0), width_SH, 0.0).double()
+
+
+class CountedErrors(Sums):
+    """Sums that count errors on runs left out; `add` is the forecaster's own."""
+
+    def __init__(self, tensors: int, horizons: int) -> None:
+        self.counts = Counts(tensors, horizons)
+
+    def merge(self, other: Any) -> None:
+        """Add another part's counts."""
+        self.counts.merge(other.counts)
+
+    @property
+    def finite(self) -> bool:
+        """True: the pass before has seen to it."""
+        return True

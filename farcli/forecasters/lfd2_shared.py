@@ -21,7 +21,7 @@ from farcli.config import format_size
 from farcli.errors import ResourceError
 from farcli.forecasters.acceleration import Acceleration
 from farcli.forecasters.base import Prefix, Problem, Sums, SumsInParts
-from farcli.forecasters.intervals import Counts
+from farcli.forecasters.intervals import CountedErrors
 from farcli.forecasters.least_squares import normal_equations, penalised
 from farcli.forecasters.leave_one_out import PENALTIES, LeftOut, squared_errors
 from farcli.forecasters.lfd2_guard import RangeSums
@@ -252,15 +252,15 @@ class WeightedSums(Sums):
 
 
 @final
-class ResidualSums(Sums):
+class ResidualSums(CountedErrors):
     """Per tensor and horizon: how large the errors on runs left out are, in units of a scale."""
 
     def __init__(self, problem: Problem, without_RK3H: Tensor, scale_SH: Tensor) -> None:
-        tensors, horizons = len(problem.layout.floats), len(problem.steps_H)
+        tensors = len(problem.layout.floats)
+        super().__init__(tensors, len(problem.steps_H))
         self._coordinates = problem.coordinates
         self._without_RSH3 = without_RK3H.expand(-1, tensors, -1, -1).mT
         self._scale_SH = scale_SH
-        self.counts = Counts(tensors, horizons)
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
@@ -269,15 +269,6 @@ class ResidualSums(Sums):
             maps_BH3 = self._without_RSH3[list(tile.runs_B), tile.slot].to(truth_BHD.device)
             residuals_BHN = tile.columns_BQN[:, 3:] - maps_BH3 @ tile.columns_BQN[:, :3]
             self.counts.add(tile.slot, residuals_BHN / self._scale_SH[tile.slot, :, None].to(truth_BHD.device))
-
-    def merge(self, other: Any) -> None:
-        """Add another part's counts."""
-        self.counts.merge(other.counts)
-
-    @property
-    def finite(self) -> bool:
-        """True: the pass before has seen to it."""
-        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,36 +113,27 @@ def forecast(
     if dry_run:
         return row
     began = time.perf_counter()
-    common: dict[str, Any] = {
-        "dtype": trajectory.dtype.name,
-        "planned_steps": list(steps_H),
-        "lockstep": len(source.runs) > 1,
-        "replace": replace or (resume and output.exists()),
-        "staged": True,
-    }
-    with ExitStack() as stack:
-        writer = stack.enter_context(
-            TrajectoryWriter.create(
-                output,
-                trajectory.layout,
-                list(source.runs),
-                kind="forecast",
-                header={"provenance": provenance(), "forecast": header},
-                **common,
-            )
+    gives_way = replace or (resume and output.exists())
+
+    def begun(path: Path, header: Mapping[str, Any]) -> TrajectoryWriter:
+        return TrajectoryWriter.create(
+            path,
+            trajectory.layout,
+            list(source.runs),
+            kind="forecast",
+            header={"provenance": provenance(), "forecast": header},
+            dtype=trajectory.dtype.name,
+            planned_steps=list(steps_H),
+            lockstep=len(source.runs) > 1,
+            replace=gives_way,
+            staged=True,
         )
+
+    with ExitStack() as stack:
+        writer = stack.enter_context(begun(output, header))
         halves = None
         if intervals is not None:
-            halves = stack.enter_context(
-                TrajectoryWriter.create(
-                    intervals,
-                    trajectory.layout,
-                    list(source.runs),
-                    kind="forecast",
-                    header={"provenance": provenance(), "forecast": {**header, "quantity": HALF_WIDTH}},
-                    **common,
-                )
-            )
+            halves = stack.enter_context(begun(intervals, {**header, "quantity": HALF_WIDTH}))
         done = 0
         width_H = np.zeros(len(steps_H))
         blocks = forecast_stream(
