@@ -82,6 +82,9 @@ class Picture:
             (place.tensor().device for place in self._places.values() if place.tensor().device.type == "cuda"), None
         )
         self._stage: Stage | None = None
+        self._dtypes = [getattr(torch, slot.dtype) for slot in self.layout.slots]
+        self._views: dict[int, list[Tensor]] = {}
+        """What a plain copy goes into, by the address of the vector of floats; they keep that vector alive."""
 
     @property
     def nbytes(self) -> int:
@@ -110,8 +113,11 @@ class Picture:
         """
         with torch.no_grad():
             if self._device is None:
-                for tensor, into in self._targets(floats, integers):
-                    into.copy_(tensor)
+                if self.sharded or self._rounds:  # one after the other: what is made on the way is not kept
+                    for tensor, into in self._targets(floats, integers):
+                        into.copy_(tensor)
+                else:
+                    torch._foreach_copy_(self._shaped(floats, integers), self.tensors())
                 return None
             if self._stage is None:
                 self._stage = Stage(self._width, self.layout.integers, self.dtype, self._device)
@@ -134,6 +140,7 @@ class Picture:
     def release(self) -> None:
         """Let go of the network; nothing can be copied afterwards."""
         self._places.clear()
+        self._views.clear()
         self.once.clear()
         self._stage = None
 
@@ -151,13 +158,24 @@ class Picture:
             FarcliError: one has another shape or number format than when the recording began, or is gone.
         """
         tensors = [self._places[slot.name].tensor() for slot in self.layout.slots]
-        for slot, tensor in zip(self.layout.slots, tensors, strict=True):
-            if tuple(tensor.shape) != slot.shape or _dtype_name(tensor) != slot.dtype:
+        for slot, dtype, tensor in zip(self.layout.slots, self._dtypes, tensors, strict=True):
+            if tensor.shape != slot.shape or tensor.dtype is not dtype:
                 raise FarcliError(
                     f"tensor {slot.name!r} is {_dtype_name(tensor)}{list(tensor.shape)} now, "
                     f"{slot.dtype}{list(slot.shape)} when the recording began."
                 )
         return tensors
+
+    def _shaped(self, floats: Tensor, integers: Tensor) -> list[Tensor]:
+        """Views of whole vectors, one for each tensor, made once: making them takes longer than a check of all."""
+        views = self._views.get(floats.data_ptr())
+        if views is None:
+            views = [
+                (integers if slot.role == "integer" else floats)[slot.offset : slot.stop].view(slot.shape)
+                for slot in self.layout.slots
+            ]
+            self._views[floats.data_ptr()] = views
+        return views
 
     def _targets(self, floats: Tensor, integers: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Flat tensors, or what lies in the region of them, and where they go."""
