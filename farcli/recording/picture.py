@@ -117,7 +117,8 @@ class Picture:
                     for tensor, into in self._targets(floats, integers):
                         into.copy_(tensor)
                 else:
-                    torch._foreach_copy_(self._shaped(floats, integers), self.tensors())
+                    targets = self._shaped(floats, integers)
+                    torch._foreach_copy_(targets, self.tensors())  # pyright: ignore[reportPrivateImportUsage]
                 return None
             if self._stage is None:
                 self._stage = Stage(self._width, self.layout.integers, self.dtype, self._device)
