@@ -5,6 +5,7 @@ Shape suffixes: B runs, H horizons, D coordinates of a block.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from farcli.policies import Buffers, EvalBuffers
 from farcli.store import Trajectory
 from farcli.stream import Block, Source, Stream, require_finite
 from farcli.training import Network, workload_of
+from farcli.workloads.base import Batch
 
 _WORKING_ROWS = 6
 """Rows per run and horizon that one comparison of a forecast with the truth holds in memory."""
@@ -158,27 +160,49 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Displacem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """Loss on data that no measure reports on, by which a forecast is kept or refused.
+
+    Attributes:
+        of: (vector [D], integers [I], run) → loss of each batch, [batches]; the same batches every time.
+        cost: the batches at w_n and at one forecast, in training steps.
+    """
+
+    of: Callable[[np.ndarray, np.ndarray, int], Tensor]
+    cost: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
     """Held-out measures of a network at given weights.
 
     Attributes:
         of: (vector [D], integers [I], run) → {"loss": …, "accuracy": …}.
         chance: the same measures for a guess that ignores the input; None where nobody knows it.
-        cost: one measurement in training steps; None where nobody knows it.
+        cost: of checking one forecast, in training steps: verifying it, where that is done, else one measurement;
+            None where nobody knows it.
         network: what is measured; None where it is out of sight.
+        verification: by which forecasts are refused before they are measured; None where none are.
     """
 
     of: Callable[[np.ndarray, np.ndarray, int], dict[str, float]]
     chance: dict[str, float] | None
     cost: float | None
     network: Network | None = None
+    verification: Verification | None = None
 
 
-def measure_of_workload(truth: Trajectory, buffers: EvalBuffers) -> Measure | None:
+def measure_of_workload(truth: Trajectory, buffers: EvalBuffers, verify: int = 0) -> Measure | None:
     """The held-out measure of the workload a store was recorded from; None where it names none.
+
+    Args:
+        truth: the store.
+        buffers: what becomes of BatchNorm statistics.
+        verify: batches to verify a forecast on; 0 measures every forecast as it is.
 
     Raises:
         StoreError: the workload cannot be built again, or is not that of the stored network.
+        UsageError: it has no data to verify on.
     """
     try:
         workload = workload_of(truth.header)
@@ -194,14 +218,39 @@ def measure_of_workload(truth: Trajectory, buffers: EvalBuffers) -> Measure | No
     if not isinstance(seeds_R, list) or len(seeds_R) != len(truth.runs):
         raise StoreError(f"{truth.path}: its header holds no seed for each of its {len(truth.runs)} runs.")
     seeds = dict(zip(truth.runs, seeds_R, strict=True))
-    cost = workload.evaluation_cost()
-    if buffers == "reestimate":
-        cost += workload.calibration_cost()
+    anew = buffers == "reestimate"
 
     def of(vector: np.ndarray, integers: np.ndarray, run: int) -> dict[str, float]:
-        return network.evaluate(vector, integers, seeds[run], reestimate_buffers=buffers == "reestimate")
+        return network.evaluate(vector, integers, seeds[run], reestimate_buffers=anew)
 
-    return Measure(of=of, chance=workload.chance(), cost=cost, network=network)
+    verification = _verification(network, seeds, verify, anew=anew) if verify else None
+    cost = verification.cost if verification is not None else workload.evaluation_cost()
+    if anew:
+        cost += workload.calibration_cost() * (2 if verify else 1)
+    return Measure(of=of, chance=workload.chance(), cost=cost, network=network, verification=verification)
+
+
+def _verification(network: Network, seeds: Mapping[int, int], count: int, *, anew: bool) -> Verification:
+    @cache
+    def batches(run: int) -> Sequence[Batch]:
+        return network.workload.verification(seeds[run], 0, count)
+
+    def of(vector: np.ndarray, integers: np.ndarray, run: int) -> Tensor:
+        return network.verify(vector, integers, seeds[run], batches(run), reestimate_buffers=anew)
+
+    return Verification(of=of, cost=2 * len(batches(next(iter(seeds)))) / 3)  # a forward pass is a third of a step
+
+
+def improves(kept: Tensor, forecast: Tensor) -> bool:
+    """Whether a forecast lowers the loss of the same batches by more than one standard error of their mean; NaN fails.
+
+    Args:
+        kept: loss of each batch at w_n, [batches]; of one batch any lower loss is enough.
+        forecast: the same at the forecast.
+    """
+    gain = kept - forecast
+    error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.zeros(())
+    return bool(gain.mean() > error)
 
 
 def measure_of_function(truth: Trajectory, text: str) -> Measure:
@@ -249,12 +298,14 @@ class HeldOut:
     Attributes:
         recorded: of the runs at every snapshot.
         curves: run → the loss curve that equivalent steps are read from.
-        forecast: per candidate, at every horizon.
+        forecast: per candidate, at every horizon; of a refused forecast those of w_n.
+        refused: per candidate the (run, step) whose forecasts verification refused.
     """
 
     recorded: Results
     curves: dict[int, LossCurve]
     forecast: list[Results]
+    refused: list[set[tuple[int, int]]]
 
 
 def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure) -> HeldOut:
@@ -264,6 +315,7 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
         NonFiniteError: a recorded snapshot holds NaN or Inf.
     """
     truth, runs = setting.truth, setting.source.runs
+    origin = setting.origin
     total = len(runs) * (len(truth.steps) + len(candidates) * len(setting.steps_H))
     done = 0
 
@@ -291,10 +343,23 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
         for run in runs
     }
     forecast: list[Results] = []
+    refused: list[set[tuple[int, int]]] = []
+    verification = measure.verification
+    kept: dict[int, Tensor] = {}
+    if verification is not None:
+        kept = {run: verification.of(recorded_vector(run, origin), truth.integers(run, origin), run) for run in runs}
     for candidate in candidates:
         results: Results = {run: {} for run in runs}
+        refused.append(set())
         for run, step, vector in candidate.vectors(setting):
-            results[run][step] = measured(vector, run, setting.origin, f"held-out loss of {candidate.label}")
+            if verification is not None and not improves(
+                kept[run], verification.of(vector, truth.integers(run, origin), run)
+            ):
+                refused[-1].add((run, step))
+                results[run][step] = recorded[run][origin]
+                done += 1
+            else:
+                results[run][step] = measured(vector, run, origin, f"held-out loss of {candidate.label}")
         forecast.append(results)
     curves = {run: LossCurve.of(truth.steps, [recorded[run][step]["loss"] for step in truth.steps]) for run in runs}
-    return HeldOut(recorded=recorded, curves=curves, forecast=forecast)
+    return HeldOut(recorded=recorded, curves=curves, forecast=forecast, refused=refused)

@@ -21,7 +21,7 @@ from farcli.layout import Layout, layout_of
 from farcli.recording.names import places_of
 from farcli.recording.picture import moments_of
 from farcli.registry import resolve
-from farcli.workloads.base import Workload, evaluating
+from farcli.workloads.base import Batch, Workload, evaluating
 from farcli.workloads.optimisation import spanning
 from farcli.workloads.randomness import drawing, noise
 from farcli.workloads.table import WORKLOADS
@@ -301,6 +301,24 @@ class Network:
             if reestimate_buffers:
                 reestimate(self.workload, self.model, seed)
             return self.workload.evaluate(self.model, seed)
+
+    def verify(
+        self,
+        vector: np.ndarray | Tensor,
+        integers: np.ndarray | Tensor | None,
+        seed: int,
+        batches: Sequence[Batch],
+        *,
+        reestimate_buffers: bool = False,
+    ) -> Tensor:
+        """Loss of each of some batches, float64 [batches], in evaluation mode; the other arguments as in `evaluate`."""
+        with threads(self.workload.threads):
+            self._load(vector, integers)
+            if reestimate_buffers:
+                reestimate(self.workload, self.model, seed)
+            with evaluating(self.model):
+                losses = [self.workload.loss(self.model, batch).sum() for batch in batches]
+        return torch.stack(losses).double()
 
     def reestimated(self, vector: np.ndarray | Tensor, integers: np.ndarray | Tensor | None, seed: int) -> np.ndarray:
         """The same vector, shape [D], with BatchNorm statistics that fit its weights."""

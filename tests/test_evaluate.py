@@ -88,6 +88,62 @@ def test_equivalent_steps(rows):
             assert row["net_steps"] < row["equivalent_steps"]
 
 
+@pytest.fixture(scope="module")
+def held_back(tmp_path_factory):
+    """A store that has data to verify on."""
+    path = tmp_path_factory.mktemp("verified") / "digits.zarr"
+    farcli.record("digits-cnn", path, runs=3, steps=30, every=5, seed=3, options={"held_back": "300"})
+    return path
+
+
+def test_a_forecast_is_kept_where_other_data_allow_it_and_counts_as_w_n_elsewhere(held_back):
+    truth = Trajectory.open(held_back)
+    workload = workload_of(truth.header)
+    assert workload is not None
+    network = Network(workload, truth.layout)
+    plain, verified = (
+        farcli.evaluate(["linear"], str(held_back), start=10, context=3, targets="15,30", verify=count)
+        for count in (0, 4)
+    )
+    seeds = truth.header["seeds"]
+    for step in (15, 30):
+        kept, losses = [], []
+        for run in truth.runs:
+            last, before = (truth.read([run], [s])[0, 0].astype(np.float64) for s in (10, 5))
+            line = last.copy()
+            part = slice(0, truth.layout.parameters)
+            line[part] += (last - before)[part] * (step - 10) / 5
+            vectors = [vector.astype(np.float32) for vector in (last, line)]
+            batches = workload.verification(seeds[run], 0, 4)
+            at = [network.verify(vector, truth.integers(run, 10), seeds[run], batches) for vector in vectors]
+            gain = (at[0] - at[1]).numpy()
+            kept.append(gain.mean() > gain.std(ddof=1) / 2)
+            chosen = vectors[1] if kept[-1] else vectors[0]
+            losses.append(network.evaluate(chosen, truth.integers(run, 10), seeds[run])["loss"])
+        row, raw = pick(verified, "linear", step), pick(plain, "linear", step)
+        assert row["kept"] == pytest.approx(np.mean(kept))
+        assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert row["not_worse"] >= row["better"]
+        assert (row["mse"], row["skill"]) == (raw["mse"], raw["skill"])
+        assert raw["kept"] is None
+        assert row["equivalent_steps"] - row["net_steps"] == pytest.approx(2 * 4 / 3)
+        still = pick(verified, "persistence", step)
+        assert (still["kept"], still["not_worse"], still["equivalent_steps"]) == (0, 1, 0)
+        for name in (TRUE, CHANCE):  # nobody forecast these
+            assert pick(verified, name, step)["kept"] is None
+    assert any(pick(verified, "linear", step)["kept"] > 0 for step in (15, 30))
+    assert any(pick(verified, "linear", step)["kept"] < 1 for step in (15, 30))
+
+
+def test_verifying_needs_data_of_its_own(held_back, small):
+    with pytest.raises(UsageError, match="no images are left"):
+        farcli.evaluate(["linear"], str(small / "digits.zarr"), context=3, verify=4)
+    with pytest.raises(UsageError, match="--verify -1"):
+        farcli.evaluate(["linear"], str(held_back), context=3, verify=-1)
+    with pytest.raises(UsageError, match="--loss has none"):
+        farcli.evaluate(["linear"], str(held_back), context=3, verify=2, loss="mine:loss")
+
+
 def test_stored_forecasts_equal_forecasts_made_here(rows, small):
     again = farcli.evaluate([str(small / "lfd2.safetensors")], str(small / "digits.zarr"), targets="all", runs="2:4")
     for one, two in zip(rows, again, strict=True):

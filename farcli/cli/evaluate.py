@@ -35,6 +35,7 @@ COLUMNS = (
     Column(key="accuracy", heading="acc.", form=".3f", spare=4),
     Column(key="worth", heading="worth"),
     Column(key="better", heading="better", form=".0%", spare=1),
+    Column(key="kept", heading="kept", form=".0%"),
 )
 
 _POLICIES = {
@@ -66,6 +67,9 @@ def evaluate(
     loss: Annotated[
         str | None, typer.Option("--loss", help="pkg.mod:fn, state_dict to held-out loss, for stores of scripts.")
     ] = None,
+    verify: Annotated[
+        int, typer.Option("--verify", help="Refuse, run by run, what does not lower the loss of so many other batches.")
+    ] = 0,
     buffers: Annotated[
         EvalBuffers,
         typer.Option("--buffers", help="BatchNorm statistics: stored, or taken anew from training data."),
@@ -102,6 +106,7 @@ def evaluate(
         train_runs=train_runs,
         per_tensor=per_tensor,
         loss=loss,
+        verify=verify,
         buffers=buffers,
         transfer=transfer,
         device=device,
@@ -197,8 +202,15 @@ def _notes(rows: list[dict]) -> list[str]:
     if rows[0]["buffers"] is not None:
         notes.append(f"BatchNorm statistics: {_POLICIES[rows[0]['buffers']]}.")
     cost = next((r["equivalent_steps"] - r["net_steps"] for r in rows if r.get("net_steps") is not None), None)
+    verified = any(row.get("kept") is not None for row in rows)
+    if verified:
+        notes.append(
+            "kept: runs whose forecast lowered the loss of batches that nothing is reported on, by one standard error; "
+            "the others count as w_n in all that is held out. mse and skill are the forecast's own."
+        )
     if cost is not None:
-        notes.append(f"Checking one forecast on the held-out data costs {cost:.1f} steps (net_steps takes them off).")
+        what = "Verifying one forecast" if verified else "Checking one forecast on the held-out data"
+        notes.append(f"{what} costs {cost:.1f} steps (net_steps takes them off).")
     summary = _summary(rows)
     return [*notes, *([summary] if summary else [])]
 

@@ -47,7 +47,7 @@ HORIZONS = 6
 
 _LIMITED = {
     "--max": ("mse", "loss"),
-    "--min": ("skill", "cosine", "accuracy", "equivalent_steps", "net_steps", "better"),
+    "--min": ("skill", "cosine", "accuracy", "equivalent_steps", "net_steps", "better", "not_worse"),
 }
 
 Warn = Callable[[str], None]
@@ -65,6 +65,7 @@ def evaluate(
     train_runs: str | None = None,
     per_tensor: bool = False,
     loss: str | None = None,
+    verify: int = 0,
     buffers: EvalBuffers = "stored",
     transfer: bool = False,
     device: str = "auto",
@@ -87,6 +88,8 @@ def evaluate(
         train_runs: runs whose mean is the `mean` yardstick, where no fitted file says which.
         per_tensor: add rows for each tensor.
         loss: "package.module:function" measuring a state_dict on held-out data, for stores without a workload.
+        verify: refuse, run by run, what does not lower the loss of so many batches that nothing is reported on, by one
+            standard error; a refused forecast counts as w_n. 0 measures every forecast as it is.
         buffers: what becomes of BatchNorm statistics when the loss is measured.
         transfer: allow maps fitted on another network.
         device: where to compute.
@@ -100,7 +103,9 @@ def evaluate(
         tensor (None for the whole), mse, skill, cosine, width, covered (see `DisplacementSums.measures`), loss,
         accuracy (means over runs), equivalent_steps (median over runs of the training steps that the forecast is
         worth, against keeping w_n), bounded (runs in which that is only a bound), net_steps (after paying
-        one held-out evaluation), better (share of runs with a lower loss than w_n's), runs, stores, in_sample;
+        one held-out evaluation, or the verification), better and not_worse (share of runs with a lower loss than
+        w_n's, and with no higher one), kept (share of runs in which verification did not refuse; None without it),
+        runs, stores, in_sample;
         of forecasts and yardsticks also ranked_by ("loss", or "mse" without one), rank (1 is best), behind (mean
         over runs of that measure minus the best one's) and gain (of w_n's minus its own); equivalent_steps,
         behind and gain come with the ends of their 95 % interval over runs (…_low, …_high; None for one run).
@@ -116,6 +121,10 @@ def evaluate(
         raise UsageError(f"{repeated}: is named twice.")
     if loss is not None and buffers == "reestimate":
         raise UsageError("--buffers reestimate needs the training data of a workload; --loss has none.")
+    if verify < 0:
+        raise UsageError(f"--verify {verify}: expected a number of batches.")
+    if loss is not None and verify:
+        raise UsageError("--verify needs the data of a workload; --loss has none.")
     by_name = any(not is_store(text) and not is_file_like(text) for text in forecasts)
     for option, given in (("--set", options), ("--context", context)):
         if given is not None and given != {} and not by_name:
@@ -165,7 +174,7 @@ def evaluate(
         for text in remarks[id(setting.truth)]:
             say_once(text)
     _check_grids([setting for _, setting in chosen])
-    weighed = [_weigh(named, setting, loss, train_runs, say_once) for named, setting in chosen]
+    weighed = [_weigh(named, setting, loss, verify, train_runs, say_once) for named, setting in chosen]
     return weighed_rows(_in_all(weighed, say_once), per_tensor=per_tensor)
 
 
@@ -268,11 +277,16 @@ def _prepare(
 
 
 def _weigh(
-    named: Sequence[Candidate], setting: Setting, loss: str | None, train_runs: str | None, warn: Warn
+    named: Sequence[Candidate], setting: Setting, loss: str | None, verify: int, train_runs: str | None, warn: Warn
 ) -> Weighed:
     candidates = [*named, *_yardsticks(named, setting, train_runs, warn)]
     truth = setting.truth
-    measure = measure_of_function(truth, loss) if loss is not None else measure_of_workload(truth, setting.buffers)
+    if loss is not None:
+        measure = measure_of_function(truth, loss)
+    else:
+        measure = measure_of_workload(truth, setting.buffers, verify)
+    if measure is None and verify:
+        raise UsageError(f"--verify {verify}: {truth.path} names no workload, so there are no data to verify on.")
     sums = compare(candidates, setting)
     if measure is None:
         warn("no held-out loss: the store names no workload. Pass --loss package.module:function.")
@@ -293,13 +307,17 @@ def _in_all(weighed: Sequence[Weighed], warn: Warn) -> list[Weighed]:
         if len(places) < len(each.candidates):
             gone = [candidate.label for candidate in each.candidates if candidate.label not in common]
             warn(f"{', '.join(gone)}: left out, as not every store allows it.")
-        forecast = each.found and [each.found.forecast[place] for place in places]
+        measured = each.found and replace(
+            each.found,
+            forecast=[each.found.forecast[place] for place in places],
+            refused=[each.found.refused[place] for place in places],
+        )
         found.append(
             replace(
                 each,
                 candidates=[each.candidates[place] for place in places],
                 sums=[each.sums[place] for place in places],
-                found=replace(each.found, forecast=forecast) if each.found is not None and forecast else None,
+                found=measured,
             )
         )
     return found

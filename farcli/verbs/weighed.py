@@ -24,6 +24,8 @@ _LOSS_KEYS = (
     "bounded",
     "net_steps",
     "better",
+    "not_worse",
+    "kept",
 )
 _RANK_KEYS = ("ranked_by", "rank", "behind", "behind_low", "behind_high", "gain", "gain_low", "gain_high")
 
@@ -141,15 +143,19 @@ class _Losses:
     worth_B: np.ndarray
     bounded: int
     accuracies: list[float]
+    passed: float | None
+    """Share of runs whose forecast was not refused; None where nothing is verified."""
 
     @classmethod
     def of(cls, weighed: Sequence[Weighed], candidate: int | None, step: int) -> "_Losses":
         """Of a candidate, or of the recorded future when None."""
-        losses, kept, worth, accuracies, bounded = [], [], [], [], 0
+        losses, kept, worth, accuracies, bounded, refused = [], [], [], [], 0, 0
+        verified = candidate is not None and all(each.measure and each.measure.verification for each in weighed)
         for each in weighed:
             assert each.found is not None
             results = each.found.recorded if candidate is None else each.found.forecast[candidate]
             for run in each.setting.source.runs:
+                refused += candidate is not None and (run, step) in each.found.refused[candidate]
                 measures, keep = results[run][step], each.found.recorded[run][each.setting.origin]["loss"]
                 steps, bound = each.found.curves[run].steps_to(measures["loss"])
                 losses.append(measures["loss"])
@@ -163,10 +169,11 @@ class _Losses:
             worth_B=np.array(worth),
             bounded=bounded,
             accuracies=accuracies,
+            passed=1 - refused / len(losses) if verified else None,
         )
 
     def measures(self, cost: float | None) -> dict[str, Any]:
-        """Means and medians over the runs; `cost` of one held-out evaluation, in training steps."""
+        """Means and medians over the runs; `cost` of checking one forecast, in training steps."""
         equivalent = float(np.median(self.worth_B))
         low, high = bootstrap_interval(self.worth_B, np.median)
         return {
@@ -178,4 +185,6 @@ class _Losses:
             "bounded": self.bounded,
             "net_steps": equivalent - cost if cost is not None else None,
             "better": float((self.loss_B < self.kept_B).mean()),
+            "not_worse": float((self.loss_B <= self.kept_B).mean()),
+            "kept": self.passed,
         }

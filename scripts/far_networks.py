@@ -1,0 +1,196 @@
+"""What a verified forecast by `far` is worth on real networks, from the first 8 snapshots and from later ones.
+
+    python scripts/far_networks.py                    # digits-cnn digits-mlp fashion-cnn distilbert
+    python scripts/far_networks.py digits-cnn         # or some of them
+
+Every network is recorded at its workload's tuned rate, a snapshot an epoch (DistilBERT: four an epoch of 320
+sentences). `far` is fitted on some runs and judged on others, from w_n with n = 8 snapshots, and so are the yardsticks.
+A forecast counts only where it lowers the loss of four batches that nothing is reported on by one standard error, run
+by run, else w_n does; worth is in epochs, after paying for that. Rows go to scripts/results/far-networks.ndjson, a
+table and a picture beside them.
+
+The goal, wherever training still improves (the true weights at that horizon have 95 % of w_n's loss or less): held-out
+loss at most .85 of w_n's, 95 % of the networks not worse, at least one epoch gained. At the end of training nothing
+should win, and `far` should say so by keeping w_n.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from farcli import evaluate, fit, record
+from farcli.verbs.plot import saved_figure
+
+Rows = list[dict[str, Any]]
+CONTEXT = 8
+BATCHES = 4
+"""To verify on."""
+IMPROVING, LOSS, NOT_WORSE, EPOCHS = 0.95, 0.85, 0.95, 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A network in training.
+
+    Attributes:
+        workload: its name.
+        options: of the workload.
+        every: steps between snapshots.
+        epoch: steps of an epoch.
+        last: snapshot the recording ends with.
+        starts: snapshots to forecast from.
+        ahead: horizons, in snapshots.
+        train: runs to fit on.
+        test: runs to judge on.
+        seed: of the recording.
+        method: options of `far`.
+        memory: bytes that the data may take.
+    """
+
+    workload: str
+    options: dict[str, str]
+    every: int
+    epoch: int
+    last: int
+    starts: tuple[int, ...]
+    ahead: tuple[int, ...]
+    train: int
+    test: int
+    seed: int = 100
+    method: dict[str, str] = field(default_factory=dict)
+    memory: int = 2_000_000_000
+
+
+CASES = {
+    "digits-cnn": Case(workload="digits-cnn", options={"held_back": "300"}, every=15, epoch=15, last=47,
+                       starts=(7, 15, 31), ahead=(1, 2, 4, 8, 16), train=25, test=40),
+    "digits-mlp": Case(workload="image-mlp", options={"train": "997"}, every=15, epoch=15, last=47,
+                       starts=(7, 15, 31), ahead=(1, 2, 4, 8, 16), train=25, test=40),
+    "fashion-cnn": Case(workload="nas-cnn", options={"data": "fashion-mnist", "train": "5000", "held_out": "1000"},
+                        every=39, epoch=39, last=23, starts=(7, 15), ahead=(1, 2, 4, 8), train=25, test=40),
+    "distilbert": Case(workload="distilbert", options={"batch": "8", "held_back": "9248", "sentences": "250"},
+                       every=10, epoch=40, last=16, starts=(7,), ahead=(2, 4, 8), train=6, test=10,
+                       method={"method": "loss"}, memory=8_000_000_000),
+}  # fmt: skip
+
+
+def weighed(name: str, case: Case, runs: Path) -> Rows:
+    store = runs / f"{name}.zarr"
+    total = case.train + case.test
+    if not (store / "zarr.json").exists():
+        steps = case.every * case.last
+        record(case.workload, store, runs=total, steps=steps, every=case.every, seed=case.seed, options=case.options,
+               resume=True)  # fmt: skip
+    rows: Rows = []
+    for start in case.starts:
+        origin = start * case.every
+        targets = ",".join(str(origin + ahead * case.every) for ahead in case.ahead)
+        file = runs / f"{name}-{start}.safetensors"
+        fitted = fit("far", [str(store)], file, context=CONTEXT, start=origin, targets=targets, device="cpu",
+                     train_runs=f"0:{case.train}", options=case.method, memory=case.memory, replace=True)  # fmt: skip
+        found = evaluate([str(file)], str(store), runs=f"{case.train}:{total}", targets=targets, verify=BATCHES,
+                         device="cpu", memory=case.memory)  # fmt: skip
+        rows += [{"network": name, "epoch": case.epoch, "start": start, "seconds": fitted["seconds"], **row}
+                 for row in found]  # fmt: skip
+        print(f"{name}, from snapshot {start}: done", flush=True)
+    return rows
+
+
+def judged(rows: Rows) -> Rows:
+    """One line for each network, start and horizon: `far`, the best yardstick and the true future over keeping w_n."""
+    lines: Rows = []
+    for row in rows:
+        if row["role"] != "forecast":
+            continue
+        beside = [other for other in rows if all(other[key] == row[key] for key in ("network", "start", "step"))]
+        [kept] = [other["loss"] for other in beside if other["method"] == "persistence"]
+        [true] = [other["loss"] for other in beside if other["role"] == "truth"]
+        best = min((other for other in beside if other["role"] == "yardstick"), key=lambda other: other["loss"])
+        ratio, improving = row["loss"] / kept, true / kept <= IMPROVING
+        worths = ("equivalent_steps", "equivalent_steps_low", "equivalent_steps_high", "net_steps")
+        epochs = {key: row[key] / row["epoch"] for key in worths}
+        reached = ratio <= LOSS and row["not_worse"] >= NOT_WORSE and epochs["net_steps"] >= EPOCHS
+        lines.append({
+            "network": row["network"], "start": row["start"], "from": row["step"] - row["ahead"],
+            "ahead": row["ahead"], "ahead_epochs": row["ahead"] / row["epoch"], "runs": row["runs"], "kept_loss": kept,
+            "ratio": ratio, "not_worse": row["not_worse"], "better": row["better"], "verified": row["kept"],
+            **{key.replace("steps", "epochs"): value for key, value in epochs.items()},
+            "yardstick": best["method"], "yardstick_ratio": best["loss"] / kept, "true_ratio": true / kept,
+            "improving": improving, "reached": reached if improving else None,
+        })  # fmt: skip
+    return lines
+
+
+def markdown(lines: Rows) -> str:
+    text = [
+        "# What a verified forecast by `far` is worth on real networks, n = 8",
+        "",
+        "Losses are held out and over that of keeping w_n; worth in epochs, median over the networks [95 %], before "
+        "and after paying for the verification. `make far-networks`; goal: ≤ .85, ≥ 95 % not worse, ≥ 1 epoch net.",
+        "",
+        "| network, runs | from epoch | ahead | loss | not worse | passed | worth, epochs | net "
+        "| best yardstick, verified too | true future | goal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    marks = {None: "·", True: "reached", False: "not reached"}
+    for line in lines:
+        scale = line["ahead"] / line["ahead_epochs"]
+        text.append(
+            f"| {line['network']}, {line['runs']} | {line['from'] / scale:g} | {line['ahead_epochs']:g} "
+            f"| {line['ratio']:.2f} | {line['not_worse']:.0%} | {line['verified']:.0%} "
+            f"| {line['equivalent_epochs']:+.1f} [{line['equivalent_epochs_low']:+.1f}, "
+            f"{line['equivalent_epochs_high']:+.1f}] | {line['net_epochs']:+.1f} "
+            f"| {line['yardstick']} {line['yardstick_ratio']:.2f} | {line['true_ratio']:.2f} "
+            f"| {marks[line['reached']]} |"
+        )
+    return "\n".join([*text, "", "·: training improves no more (the true weights have over 95 % of w_n's loss).", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(CASES)}; all when none is named")
+    parser.add_argument("--runs", type=Path, default=Path("runs/far-networks"), help="where recordings are kept")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    given = parser.parse_args()
+    unknown = set(given.networks) - set(CASES)
+    if unknown:
+        parser.error(f"unknown network {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
+    for folder in (given.runs, given.out):
+        folder.mkdir(parents=True, exist_ok=True)
+    file = given.out / "far-networks.ndjson"
+    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    chosen = given.networks or list(CASES)
+    for name in chosen:
+        rows = weighed(name, CASES[name], given.runs)
+        before = [row for row in before if row["network"] != name] + rows
+        before.sort(key=lambda row: list(CASES).index(row["network"]))
+        file.write_text("".join(json.dumps(row) + "\n" for row in before), encoding="utf-8")
+    lines = judged(before)
+    text = markdown(lines)
+    (given.out / "far-networks.md").write_text(text, encoding="utf-8")
+    print(text)
+    draw(lines, given.out / "far-networks.png")
+
+
+def draw(lines: Rows, path: Path) -> None:
+    with saved_figure(path, True) as axes:
+        for place, name in enumerate(dict.fromkeys(line["network"] for line in lines)):
+            first = [line for line in lines if line["network"] == name]
+            first = [line for line in first if line["start"] == first[0]["start"]]
+            for key, style in (("ratio", "o-"), ("yardstick_ratio", "x--"), ("true_ratio", ":")):
+                label = name if key == "ratio" else None
+                axes.plot([line["ahead_epochs"] for line in first], [line[key] for line in first], style,
+                          color=f"C{place}", label=label)  # fmt: skip
+        axes.axhline(1, color="#8c8c8c", lw=0.8)
+        axes.axhline(LOSS, color="#8c8c8c", ls=":", lw=0.8)
+        axes.set(xlabel="epochs ahead, from 8 snapshots", ylabel="held-out loss over that of w_n", xscale="log")
+        axes.plot([], [], "k-", label="far, verified")
+        axes.plot([], [], "kx--", label="best yardstick, verified")
+        axes.plot([], [], "k:", label="true future")
+        axes.legend(fontsize=8)
+
+
+if __name__ == "__main__":
+    main()
