@@ -320,7 +320,8 @@ def horizon(arguments: argparse.Namespace) -> None:
     ]  # fmt: skip
     rows = [row for case in cases for row in weighed(case, [LFD2, far], arguments)]
     notes = ["Worth: training steps that bring the same held-out loss, against keeping w_n (median over runs); net",
-             "takes off one held-out evaluation. A horizon is useful where net is above 0."]  # fmt: skip
+             "takes off one held-out evaluation. A horizon is useful where net is above 0. Where `far` judges",
+             "by training loss it makes one leap, the same for every step, or keeps w_n."]  # fmt: skip
     columns = ("equivalent_steps", "net_steps", "loss")
     text = table(pooled(rows), "How far ahead is useful", "make horizon", columns, notes)
     finish("horizon", rows, text, arguments, drawn="digits-cnn, adam", quantity="loss")
