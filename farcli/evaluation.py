@@ -164,11 +164,11 @@ class Verification:
     """Loss on data that no measure reports on, by which a forecast is kept or refused.
 
     Attributes:
-        of: (vector [D], integers [I], run) → loss of each batch, [batches]; the same batches every time.
+        of: (vector [D], integers [I], run) → mean loss of the same batches every time.
         cost: the batches at w_n and at one forecast, in training steps.
     """
 
-    of: Callable[[np.ndarray, np.ndarray, int], Tensor]
+    of: Callable[[np.ndarray, np.ndarray, int], float]
     cost: float
 
 
@@ -235,22 +235,10 @@ def _verification(network: Network, seeds: Mapping[int, int], count: int, *, ane
     def batches(run: int) -> Sequence[Batch]:
         return network.workload.verification(seeds[run], 0, count)
 
-    def of(vector: np.ndarray, integers: np.ndarray, run: int) -> Tensor:
+    def of(vector: np.ndarray, integers: np.ndarray, run: int) -> float:
         return network.verify(vector, integers, seeds[run], batches(run), reestimate_buffers=anew)
 
     return Verification(of=of, cost=2 * len(batches(next(iter(seeds)))) / 3)  # a forward pass is a third of a step
-
-
-def improves(kept: Tensor, forecast: Tensor) -> bool:
-    """Whether a forecast lowers the loss of the same batches by more than one standard error of their mean; NaN fails.
-
-    Args:
-        kept: loss of each batch at w_n, [batches]; of one batch any lower loss is enough.
-        forecast: the same at the forecast.
-    """
-    gain = kept - forecast
-    error = gain.std() / len(gain) ** 0.5 if len(gain) > 1 else torch.zeros(())
-    return bool(gain.mean() > error)
 
 
 def measure_of_function(truth: Trajectory, text: str) -> Measure:
@@ -345,15 +333,15 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
     forecast: list[Results] = []
     refused: list[set[tuple[int, int]]] = []
     verification = measure.verification
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, float] = {}
     if verification is not None:
         kept = {run: verification.of(recorded_vector(run, origin), truth.integers(run, origin), run) for run in runs}
     for candidate in candidates:
         results: Results = {run: {} for run in runs}
         refused.append(set())
         for run, step, vector in candidate.vectors(setting):
-            if verification is not None and not improves(
-                kept[run], verification.of(vector, truth.integers(run, origin), run)
+            if verification is not None and not (
+                verification.of(vector, truth.integers(run, origin), run) < kept[run]  # NaN fails
             ):
                 refused[-1].add((run, step))
                 results[run][step] = recorded[run][origin]

@@ -310,15 +310,14 @@ class Network:
         batches: Sequence[Batch],
         *,
         reestimate_buffers: bool = False,
-    ) -> Tensor:
-        """Loss of each of some batches, float64 [batches], in evaluation mode; the other arguments as in `evaluate`."""
+    ) -> float:
+        """Mean loss of some batches, in evaluation mode; the other arguments as in `evaluate`."""
         with threads(self.workload.threads):
             self._load(vector, integers)
             if reestimate_buffers:
                 reestimate(self.workload, self.model, seed)
             with evaluating(self.model):
-                losses = [self.workload.loss(self.model, batch).sum() for batch in batches]
-        return torch.stack(losses).double()
+                return sum(float(self.workload.loss(self.model, batch).sum()) for batch in batches) / len(batches)
 
     def reestimated(self, vector: np.ndarray | Tensor, integers: np.ndarray | Tensor | None, seed: int) -> np.ndarray:
         """The same vector, shape [D], with BatchNorm statistics that fit its weights."""

@@ -5,9 +5,8 @@
 
 Every network is recorded at its workload's tuned rate, a snapshot an epoch (DistilBERT: four an epoch of 320
 sentences). `far` is fitted on some runs and judged on others, from w_n with n = 8 snapshots, and so are the yardsticks.
-A forecast counts only where it lowers the loss of four batches that nothing is reported on by one standard error, run
-by run, else w_n does; worth is in epochs, after paying for that. Rows go to scripts/results/far-networks.ndjson, a
-table and a picture beside them.
+A forecast counts only where it lowers the loss of four batches that nothing is reported on, run by run, else w_n does;
+worth is in epochs, after paying for that. Rows go to scripts/results/far-networks.ndjson, a table and a picture beside.
 
 The goal, wherever training still improves (the true weights at that horizon have 95 % of w_n's loss or less): held-out
 loss at most .85 of w_n's, 95 % of the networks not worse, at least one epoch gained. At the end of training nothing

@@ -205,8 +205,8 @@ def _notes(rows: list[dict]) -> list[str]:
     verified = any(row.get("kept") is not None for row in rows)
     if verified:
         notes.append(
-            "kept: runs whose forecast lowered the loss of batches that nothing is reported on, by one standard error; "
-            "the others count as w_n in all that is held out. mse and skill are the forecast's own."
+            "kept: runs whose forecast lowered the loss of batches that nothing is reported on; the others count as "
+            "w_n in all that is held out. mse and skill are the forecast's own."
         )
     if cost is not None:
         what = "Verifying one forecast" if verified else "Checking one forecast on the held-out data"

@@ -88,8 +88,8 @@ def evaluate(
         train_runs: runs whose mean is the `mean` yardstick, where no fitted file says which.
         per_tensor: add rows for each tensor.
         loss: "package.module:function" measuring a state_dict on held-out data, for stores without a workload.
-        verify: refuse, run by run, what does not lower the loss of so many batches that nothing is reported on, by one
-            standard error; a refused forecast counts as w_n. 0 measures every forecast as it is.
+        verify: refuse, run by run, what does not lower the loss of so many batches that nothing is reported on; a
+            refused forecast counts as w_n. 0 measures every forecast as it is.
         buffers: what becomes of BatchNorm statistics when the loss is measured.
         transfer: allow maps fitted on another network.
         device: where to compute.
