@@ -40,7 +40,10 @@ _HALF, _BELIEF = 0.5, 0.25
 _MARGIN = 3.0
 """Identified forecasts may leave the range of the training runs' targets by so many standard deviations."""
 _LARGEST_BY_LOSS = 1_000_000
-"""Parameters up to which forecasts are judged, and leaps fitted, on training loss: thousands of forward passes."""
+"""Parameters up to which forecasts are judged, and leaps fitted, on training loss where that was not asked for: it
+takes thousands of forward passes."""
+_PART = 1 << 20
+"""Coordinates forecast at once where forecasts are judged: LFD-2 takes them in float64."""
 _KEEP, _LFD2, _LEAP = 0, 1, 2
 """What may be forecast at a horizon."""
 _SOUND = 0.9
@@ -118,16 +121,13 @@ class LeapErrors(CountedErrors):
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
-        size = self._rows_RCD.shape[-1]
         for row, run in enumerate(prefix.runs_B):
-            leapt_D = self._leap.leapt_without(self._rows_RCD[run], run)
-            for segment in prefix.segments:
-                width = min(segment.stop, size - prefix.start) - segment.start
-                if width <= 0:
-                    continue
-                truth_HN = truth_BHD[row, :, segment.start : segment.start + width].cpu()
-                start = prefix.start + segment.start
-                error_HN = (truth_HN - leapt_D[start : start + width]) / self._scale_S[segment.slot]
+            own_CD = self._rows_RCD[run, :, prefix.start : prefix.start + truth_BHD.shape[-1]]
+            if not own_CD.shape[-1]:
+                continue  # buffers are not forecast
+            error_HD = truth_BHD[row, :, : own_CD.shape[-1]].cpu() - self._leap.leapt_without(own_CD, run, prefix.start)
+            for segment in prefix.layout.segments(prefix.start, prefix.start + own_CD.shape[-1]):
+                error_HN = error_HD[:, segment.start : segment.stop] / self._scale_S[segment.slot]
                 self.counts.add(segment.slot, error_HN[None])
 
 
@@ -180,8 +180,8 @@ class Far(SolvedForecaster):
     method=lfd2: for everything else the shared map of `lfd2` with ridge=loo, guard=true, intervals=true, with one map
     for all tensors or one for each, whichever forecasts runs left out better.
 
-    method=loss: where the runs' training loss can be computed, for at most 1,000,000 parameters: that map, or the leap
-    of `loss-lfd`, at each horizon the one that lowers the training loss of runs left out more.
+    method=loss: where the runs' training loss can be computed, for at most 1,000,000 parameters unless asked for: that
+    map, or the leap of `loss-lfd`, at each horizon the one that lowers the training loss of runs left out more.
 
     Every horizon is judged on the training runs, each left out of its own forecast, by loss with method=loss and by
     squared error otherwise: where that is not below that of keeping w_n, w_n is kept. By loss it must be so by one
@@ -295,7 +295,7 @@ class Far(SolvedForecaster):
             UsageError: method = loss was asked for, but cannot be.
         """
         against = ""
-        if problem.coordinates > _LARGEST_BY_LOSS:
+        if self._config.method == "auto" and problem.coordinates > _LARGEST_BY_LOSS:
             against = f"D = {problem.coordinates} parameters are more than {_LARGEST_BY_LOSS}"
         elif len(problem.steps_C) < LossLfd(LossLfd.Config()).min_context:
             against = f"a context of {len(problem.steps_C)} snapshots is too short for leaps"
@@ -359,16 +359,14 @@ class Far(SolvedForecaster):
         gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)
         for run in range(runs):
             kept = leap.loss_at(rows_RCD[run, -1], run)
-            block = Prefix(
-                weights_BCD=rows_RCD[None, run],
-                steps_C=problem.steps_C,
-                layout=problem.layout,
-                start=0,
-                runs_B=(run,),
-            )
+            blocks = [
+                Prefix(weights_BCD=part_CD[None], steps_C=problem.steps_C, layout=problem.layout,
+                       start=_PART * number, runs_B=(run,))
+                for number, part_CD in enumerate(rows_RCD[run].split(_PART, dim=-1))
+            ]  # fmt: skip
             for h, step in enumerate(problem.steps_H):
-                [[forecast_D]] = self._lfd2[0].forecasts_left_out(block, (step,))
-                gain_2RH[0, run, h] = kept - leap.loss_at(forecast_D.to(rows_RCD.dtype), run)
+                parts = [self._lfd2[0].forecasts_left_out(block, (step,)).to(rows_RCD.dtype) for block in blocks]
+                gain_2RH[0, run, h] = kept - leap.loss_at(torch.cat(parts, dim=-1)[0, 0], run)
             gain_2RH[1, run] = kept - leap.loss_at(leap.leapt_without(rows_RCD[run], run), run)
         gain_2RH = torch.nan_to_num(gain_2RH, nan=-torch.inf)
         mean_2H, error_2H = gain_2RH.mean(1), gain_2RH.std(1) / runs**0.5

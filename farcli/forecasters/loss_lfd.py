@@ -26,6 +26,7 @@ from farcli.forecasters.base import (
     stored,
 )
 from farcli.forecasters.leave_one_out import LEAST_RUNS
+from farcli.layout import Segment
 
 _FOLDS = 4
 _JUDGING = 3
@@ -172,7 +173,7 @@ class LossLfd(SolvedForecaster):
     def solved(self, problem: Problem, sums: PrefixRows) -> Self:
         """Fit on all runs, and on folds of them to see whether it helps."""
         rows_RCD, runs = sums.rows_RCD, problem.runs
-        folds = min(_FOLDS, runs)
+        folds, segments = min(_FOLDS, runs), problem.layout.segments(0, problem.coordinates)
         without: dict[int, Tensor] = {}
         for fold in range(folds):
             out = range(fold, runs, folds)
@@ -182,7 +183,7 @@ class LossLfd(SolvedForecaster):
         gain_QR = torch.tensor(
             [
                 [
-                    kept - self.loss_at(_leapt(_counts(problem), rows_RCD[run], share * without[run]), run)
+                    kept - self.loss_at(_leapt(rows_RCD[run], segments, share * without[run]), run)
                     for run, kept in enumerate(kept_R)
                 ]
                 for share in _SHRUNK
@@ -201,12 +202,23 @@ class LossLfd(SolvedForecaster):
         fitted._without = {run: share * theta_SJ for run, theta_SJ in without.items()}
         return fitted
 
-    def leapt_without(self, rows_CD: Tensor, run: int) -> Tensor:
-        """What a leap fitted without it says of a training run, just after the fit: [D] from its four snapshots."""
-        return _leapt(_counts(require_fitted("loss-lfd", self._problem)), rows_CD, self._without[run])
+    def leapt_without(self, rows_CD: Tensor, run: int, start: int = 0) -> Tensor:
+        """What a leap fitted without it says of a training run, just after the fit.
+
+        Args:
+            rows_CD: its four snapshots, of the coordinates from `start` on.
+            run: its position.
+            start: of the first coordinate.
+
+        Returns:
+            Weights of shape [D].
+        """
+        layout = require_fitted("loss-lfd", self._problem).layout
+        return _leapt(rows_CD, layout.segments(start, start + rows_CD.shape[-1]), self._without[run])
 
     def _descended(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
-        config, loss, counts_S = self._config, require_fitted("loss-lfd", self._loss), _counts(problem)
+        config, loss = self._config, require_fitted("loss-lfd", self._loss)
+        segments = problem.layout.segments(0, problem.coordinates)
         theta_SJ = torch.zeros(len(problem.layout.floats), 3, requires_grad=True)
         optimizer = torch.optim.Adam([theta_SJ], lr=config.lr)
         generator = torch.Generator().manual_seed(config.seed)
@@ -218,11 +230,12 @@ class LossLfd(SolvedForecaster):
             total = torch.zeros(())
             for place in torch.randint(len(runs) * train, (config.batch,), generator=generator).tolist():
                 run = runs[place // train]
-                total = total + loss.at(_leapt(counts_S, rows_RCD[run], theta_SJ), run, place % train)
+                lost = loss.at(_leapt(rows_RCD[run], segments, theta_SJ), run, place % train) / config.batch
+                lost.backward()  # one by one: only one run's passes are held
+                total += lost.detach()
             if not bool(total.isfinite()):
                 break  # what was best so far stands
             best = theta_SJ.detach().clone()
-            (total / config.batch).backward()
             optimizer.step()
         return best
 
@@ -264,12 +277,7 @@ class LossLfd(SolvedForecaster):
                 "Fit again with that step in --to.",
             )
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
-        rows_BCD = _four(prefix)
-        leapt_BD = rows_BCD[:, 3].clone()
-        for segment in prefix.segments:
-            part = slice(segment.start, segment.stop)
-            own_J = theta_SJ[segment.slot].to(leapt_BD.dtype).to(leapt_BD.device)
-            leapt_BD[:, part] += torch.einsum("j,bjd->bd", own_J, rows_BCD[:, 3:, part] - rows_BCD[:, [0, 2, 1], part])
+        leapt_BD = _leapt(_four(prefix), prefix.segments, theta_SJ)
         return leapt_BD[:, None].repeat(1, len(steps_H), 1)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -294,16 +302,10 @@ def _four(prefix: Prefix) -> Tensor:
     return prefix.weights_BCD[:, [0, last - 2, last - 1, last]]
 
 
-def _counts(problem: Problem) -> Tensor:
-    """Fitted coordinates of each tensor, [S]."""
-    counts_S = torch.zeros(len(problem.layout.floats), dtype=torch.long)
-    for segment in problem.layout.segments(0, problem.coordinates):
-        counts_S[segment.slot] = segment.stop - segment.start
-    return counts_S
-
-
-def _leapt(counts_S: Tensor, rows_CD: Tensor, theta_SJ: Tensor) -> Tensor:
-    """The forecast of one run, with gradients for the coefficients: [D]."""
-    first_D, before_D, previous_D, last_D = rows_CD
-    a_D, b_D, c_D = theta_SJ.repeat_interleave(counts_S, dim=0).unbind(1)
-    return last_D + a_D * (last_D - first_D) + b_D * (last_D - previous_D) + c_D * (last_D - before_D)
+def _leapt(rows_XCD: Tensor, segments: Sequence[Segment], theta_SJ: Tensor) -> Tensor:
+    """The forecast from the four snapshots of a run, or of several; with gradients for the coefficients: [D] or [B, D]."""
+    last_XD = rows_XCD[..., 3, :]
+    moved_XJD = last_XD[..., None, :] - rows_XCD[..., [0, 2, 1], :]
+    theta_SJ = theta_SJ.to(moved_XJD)
+    parts = [theta_SJ[part.slot] @ moved_XJD[..., part.start : part.stop] for part in segments]
+    return last_XD + torch.cat(parts, dim=-1)

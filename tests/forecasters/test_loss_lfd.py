@@ -140,5 +140,10 @@ def test_far_says_why_it_does_not_judge_by_loss(changes: dict[str, Any], message
     problem = Problem(layout=LAYOUT, coordinates=5, runs=12, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
     known = Known(loss=lambda: Distance(torch.zeros(12, 5)))
     assert Far(Far.Config()).prepared(replace(problem, **changes), known).config.method == "lfd2"
+    asked = Far(Far.Config(method="loss"))
+    if "coordinates" in changes:  # a default, not a limit: where it is asked for, memory decides
+        assert asked.prepared(replace(problem, **changes, memory=10**10), known).config.method == "loss"
+        changes = {**changes, "memory": 10**8}
+        message = "which allows D = "
     with pytest.raises(UsageError, match=f"far: method = loss cannot be: .*{message}"):
-        Far(Far.Config(method="loss")).prepared(replace(problem, **changes), known)
+        asked.prepared(replace(problem, **changes), known)
