@@ -303,7 +303,7 @@ def _four(prefix: Prefix) -> Tensor:
 
 
 def _leapt(rows_XCD: Tensor, segments: Sequence[Segment], theta_SJ: Tensor) -> Tensor:
-    """The forecast from the four snapshots of a run, or of several; with gradients for the coefficients: [D] or [B, D]."""
+    """The forecast from four snapshots of a run, or of several; gradients flow to the coefficients: [D] or [B, D]."""
     last_XD = rows_XCD[..., 3, :]
     moved_XJD = last_XD[..., None, :] - rows_XCD[..., [0, 2, 1], :]
     theta_SJ = theta_SJ.to(moved_XJD)
