@@ -295,12 +295,17 @@ def _count(text: str | None, flag: str) -> int | None:
 
 
 def _shares(text: str) -> list[float]:
+    from math import isfinite
+
     from farcli.errors import UsageError
 
     try:
-        return [float(part) for part in text.split(",")]
+        shares = [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--strength {text!r}: expected numbers like 0.5,1.") from None
+        shares = [float("nan")]
+    if not all(isfinite(share) for share in shares):
+        raise UsageError(f"--strength {text!r}: expected numbers like 0.5,1.")
+    return shares
 
 
 def _words(text: str) -> list[str]:

@@ -56,9 +56,13 @@ def online(
     from farcli.cli.progress import progress
     from farcli.cli.signals import stop_flag
     from farcli.config import parse_assignments, parse_duration
-    from farcli.errors import CheckFailedError
+    from farcli.errors import CheckFailedError, UsageError
 
     least = _least(require)
+    if not rest["control"] and (known := [key for key in least if key != "accepted"]):
+        raise UsageError(
+            f"--require {known[0]}: without a control nobody knows it.", "Pass --control, which trains one beside."
+        )
     with stop_flag() as stop, progress(f"leap {workload}", quiet) as report:
         from farcli.config import configure
         from farcli.speculation.options import Leaping
@@ -88,8 +92,8 @@ def online(
         )
     if predictors != ["none"] and not any(row["proposals"] for row in rows):
         say(
-            f"no leap was proposed in {rows[0]['steps']} steps: its window of {leaping.window} has to end before they "
-            "do, and its costs have to be saved up first; see --window, --verify-budget and --leap compute=."
+            f"no leap was proposed in {rows[0]['steps']} steps: its costs have to be saved up first; see "
+            "--verify-budget, --leap compute= and --leap freeze=."
         )
     if quiet:
         print(output, flush=True)
@@ -186,7 +190,7 @@ def in_command(
         strict=strict,
         seed=seed,
         until=None if time_limit is None else time.time() + parse_duration(time_limit),
-        leap=leap_section(predictors, strengths, leaping, parse_assignments(options), validate),
+        leap=leap_section(predictors, strengths, leaping, parse_assignments(options), validate, steps),
     )
     emit_made(record_command(words, plan), form=form, quiet=quiet)
 

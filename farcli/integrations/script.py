@@ -34,7 +34,7 @@ from farcli.speculation.arrays import LEDGER, write_ledger
 from farcli.speculation.hearing import Losses
 from farcli.speculation.leaper import Leaper
 from farcli.speculation.ledger import Account, Entry
-from farcli.speculation.options import Leaping, enough_to_verify
+from farcli.speculation.options import Leaping, enough_to_verify, require_leaps
 from farcli.speculation.trained import Saved
 
 ROWS = "ledger.ndjson"
@@ -51,6 +51,7 @@ def leap_section(
     leaping: Leaping,
     settings: Mapping[str, str],
     validate: str | None,
+    steps: int | None = None,
 ) -> dict[str, Any]:
     """What a plan carries to the processes of a command, and the store's header says.
 
@@ -60,12 +61,20 @@ def leap_section(
         leaping: how to leap.
         settings: options of the predictors, as text.
         validate: "package.module:function", from a network to a held-out loss, in the script's process.
+        steps: that the command will take, where known.
 
     Raises:
-        UsageError: a predictor or one of its options is unknown, `validate` is no name of a function, or the gate
-            needs one.
+        UsageError: a predictor or one of its options is unknown, one takes batches, no leap fits into the steps,
+            `validate` is no name of a function, or the gate needs one.
     """
-    arms_of(predictors, strengths, settings)
+    arms = arms_of(predictors, strengths, settings)
+    if needy := [arm.name for arm in arms if arm.predictor.takes_batches]:
+        raise UsageError(
+            f"leap: {needy[0]} takes gradients on fresh batches, which a command does not hand out.",
+            "Choose another predictor.",
+        )
+    if steps is not None:
+        require_leaps(leaping, [arm.predictor.context for arm in arms if arm.strength], steps)
     if validate is not None and not all(part.strip() for part in [*validate.partition(":")[::2]]):
         raise UsageError(f"--validate {validate!r}: expected package.module:function.")
     if validate is None and leaping.gate not in ("none", "delayed"):

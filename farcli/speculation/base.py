@@ -96,6 +96,8 @@ class Predictor(ABC):
     Config: ClassVar[type]
     reference: ClassVar[str]
     """One line: where the method comes from."""
+    takes_batches: ClassVar[bool] = False
+    """Whether it takes gradients on fresh batches, which a script's door has none of."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -114,8 +116,18 @@ class Predictor(ABC):
             ahead: steps to leap, for predictors that know where training will be at a step.
             strength: what the move is multiplied by.
 
+        """
+
+    def require(self, seen: Observed, *, every: int, ahead: int) -> None:  # noqa: B027 - most need nothing more
+        """See whether it can ever leap in this training; asked once, after the first step.
+
+        Args:
+            seen: what there is by then: layout, moments; of points, one.
+            every: steps between points.
+            ahead: steps to leap.
+
         Raises:
-            UsageError: what it needs is not there.
+            UsageError: it cannot.
         """
 
     def operations(self, layout: Layout, tables: frozenset[str]) -> float | None:

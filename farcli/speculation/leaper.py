@@ -115,6 +115,11 @@ class Leaper:
                 "Give a validation function, or choose the gate delayed, which can go by the training's losses.",
             )
         self._validation = Function(validate, lambda: self._seconds) if callable(validate) else validate
+        if fresh is None and (needy := [arm.name for arm in arms if arm.predictor.takes_batches]):
+            raise UsageError(
+                f"leap: {needy[0]} takes gradients on fresh batches, and nobody gives it any.",
+                "Give `fresh`, a function that returns the training loss of the next batch, or take another predictor.",
+            )
         self._fresh = fresh
         self._told = told
         self.step = self._began = step
@@ -142,6 +147,7 @@ class Leaper:
         self._hooks: list[Any] = []
         self._seconds = 0.0
         self._ended: float | None = None
+        self._able = False
         self._points.append((step, self._trained.read()))
         self._unit = 0.0 if self._validation is None else self._validation.cost
         hear = self.options.gate == "delayed" and self._validation is None
@@ -213,6 +219,8 @@ class Leaper:
         if self._ended is not None:
             took = perf_counter() - self._ended
             self._seconds = took if not self._seconds else self._seconds + (took - self._seconds) * 0.1
+        if not self._able:
+            self.require()
         self._highest = max(self._highest, self._trained.rate)
         if self.step % self.options.stride == 0:
             self._average.update()
@@ -222,6 +230,20 @@ class Leaper:
         if self.step % self.options.every == 0:
             self._point()
         self._ended = perf_counter()
+
+    def require(self) -> None:
+        """See whether every predictor can leap in this training, once the optimiser has taken a step.
+
+        Raises:
+            UsageError: one cannot.
+        """
+        for arm in self._arms:
+            arm.predictor.require(self._seen(), every=self.options.every, ahead=self._ahead)
+        self._able = True
+
+    @property
+    def _ahead(self) -> int:
+        return self.options.ahead or self.options.every * self.options.period
 
     def finish(self) -> None:
         """Training is over: the last verdict, on what is left of the budget or not; no leap stays unverified."""
@@ -290,9 +312,8 @@ class Leaper:
         window = self._window
         if opens:
             window = self._open(index)
-        ahead = options.ahead or options.every * options.period
         strength = arm.strength * self._scale
-        proposal = self._propose(index, ahead, strength)
+        proposal = self._propose(index, self._ahead, strength)
         self._proposing += proposal.cost
         size = float(proposal.move_D.norm())
         if size == 0 and (self._bandit is None or now):
@@ -301,7 +322,7 @@ class Leaper:
             step=self.step,
             predictor=arm.name,
             strength=strength,
-            ahead=ahead,
+            ahead=self._ahead,
             length=size / max(self._pace_length(), 1e-30),
             displacement_cosine=cosine,
             cost=proposal.cost,
@@ -582,11 +603,7 @@ class Leaper:
 
     def _gradient(self, weights_D: Tensor) -> tuple[float, Tensor]:
         """Loss and gradient on the next fresh batch, at weights that are not the network's."""
-        if self._fresh is None:
-            raise UsageError(
-                "leap: this predictor takes gradients on fresh batches, and nobody gives it any.",
-                "Give `fresh`, a function that returns the training loss of the next batch.",
-            )
+        assert self._fresh is not None
         own = Saved.of(self._model, ())
         grads = [tensor.grad for tensor in self._trained.tensors]
         try:

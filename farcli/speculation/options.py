@@ -1,9 +1,10 @@
 """How to leap: the options of every predictor and gate alike."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from farcli.errors import UsageError
 from farcli.speculation.gates import Gate
 
 
@@ -75,6 +76,31 @@ def last_leap(options: Leaping, steps: int) -> int:
         return options.until
     points = -(-options.window // options.every) if options.gate == "delayed" else 1
     return steps - points * options.every
+
+
+def require_leaps(options: Leaping, contexts: Sequence[int], steps: int) -> None:
+    """Refuse a training in which no predictor would get to a leap.
+
+    Args:
+        options: with `until`.
+        contexts: of the predictors; none where nothing is to leap.
+        steps: that the training takes.
+
+    Raises:
+        UsageError: the first leap that there are points for comes after the last that there is time for.
+    """
+    if not contexts:
+        return
+    spacing = options.every * options.period
+    earliest = max(options.start, (min(contexts) - 1) * options.every, options.every)
+    first = -(-earliest // spacing) * spacing
+    last = last_leap(options, steps)
+    if first > last:
+        window = f", which a window of {options.window} has to follow," if options.gate == "delayed" else ""
+        raise UsageError(
+            f"leap: no leap fits into {steps} steps: the first is at step {first}, the last{window} at {last}.",
+            "Train longer, or lower --every, --window or --leap start=; --predictors none trains without leaps.",
+        )
 
 
 def enough_to_verify(options: Mapping[str, Any], steps: int | None) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Trained:
         return float(self.optimizers[0].param_groups[0]["lr"])
 
     def moments(self) -> Moments:
-        """Adam's moments.
+        """Adam's moments; 0 for tensors that have had no gradient yet.
 
         Raises:
             UsageError: the optimiser has none.
@@ -126,12 +126,18 @@ class Trained:
         updates, betas, epsilon = 0, (0.9, 0.999), 1e-8
         for tensor, first, second in zip(self.tensors, self.views(first_D), self.views(second_D), strict=True):
             optimizer, group = groups[id(tensor)]
-            state = optimizer.state.get(tensor, {})
+            state = optimizer.state.get(tensor)
+            if not state:
+                first.zero_()
+                second.zero_()
+                continue
             if "exp_avg" not in state or "exp_avg_sq" not in state:
                 raise no_moments(optimizer)
             first.copy_(state["exp_avg"])
             second.copy_(state["exp_avg_sq"])
             updates, betas, epsilon = int(state["step"]), tuple(group["betas"]), float(group["eps"])
+        if not updates:
+            raise no_moments(self.optimizers[0])
         return Moments(first_D=first_D, second_D=second_D, updates=updates, betas=betas, epsilon=epsilon)
 
     def _require_shapes(self) -> None:

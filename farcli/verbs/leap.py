@@ -18,7 +18,7 @@ from farcli.provenance import provenance
 from farcli.regimes import PUBLISHED, Probe, Thresholds, regimes
 from farcli.speculation.arms import Arm, arms_of
 from farcli.speculation.leaper import Leaper
-from farcli.speculation.options import Leaping, last_leap
+from farcli.speculation.options import Leaping, last_leap, require_leaps
 from farcli.speculation.validation import Validation
 from farcli.store import Trajectory
 from farcli.store.disk import Sync
@@ -145,6 +145,7 @@ def leap(
     how = leaping or Leaping()
     how = replace(how, until=last_leap(how, steps))
     arms_R = [arms_of(predictors, strengths, settings or {}) for _ in range(runs)]
+    require_leaps(how, [arm.predictor.context for arm in arms_R[0] if arm.strength], steps)
     sibling = None if warm_start is None else last_weights(warm_start)
     asked = {
         "predictors": list(predictors),
@@ -180,6 +181,7 @@ def leap(
 
     if journal.finished is not None:
         return labelled(journal.finished)
+    _rehearse(task, seeds[0], arms_of(predictors, strengths, settings or {}), how, sibling)
     done_steps = steps * (2 if control else 1)
     rows = []
     with journal:
@@ -292,6 +294,29 @@ def _train(
         }
     journal.end(run, row, leaper.entries, curve, beside)
     return row
+
+
+def _rehearse(task: Workload, seed: int, arms: Sequence[Arm], leaping: Leaping, sibling: Trajectory | None) -> None:
+    """Take one step of a run that is thrown away, so that what cannot leap is refused before anything is written.
+
+    Raises:
+        UsageError: a predictor cannot leap in this training.
+        StoreError: the sibling is of another network.
+    """
+    training = TrainingRun(task, [seed])
+    if sibling is not None:
+        start_from(training, sibling)
+    fresh = task.batches([seed])
+    leaper = Leaper(
+        training.model,
+        training.optimizer,
+        arms,
+        options=leaping,
+        gate="none",
+        fresh=lambda: task.loss(training.model, next(fresh)).sum(),
+    )
+    training.advance(1)
+    leaper.require()
 
 
 def last_weights(path: str) -> Trajectory:

@@ -189,6 +189,7 @@ def test_operations_of_a_step_are_those_of_its_products() -> None:
 
 
 def test_bad_input(farcli: Farcli, tmp_path: Path) -> None:
+    store = tmp_path / "store.zarr"
     for words, code, text in (
         (("leap", "digits-cnn", "--steps", 20), 2, "held_back"),  # nothing to verify on
         (("leap", "digits-cn"), 2, "neither a store nor a workload"),
@@ -204,15 +205,21 @@ def test_bad_input(farcli: Farcli, tmp_path: Path) -> None:
         ((*WORDS, "--require", "speedup=abc"), 2, "--require"),
         ((*WORDS, "--require", "accepted=10000", "-q"), 5, "accepted"),
         ((*WORDS, "--warm-start-from", tmp_path / "none.zarr"), 3, "none.zarr"),
-        ((*WORDS, "--predictors", "moments", "--set", "optimizer=sgd"), 2, "SGD keeps no exp_avg"),
+        ((*WORDS, "--predictors", "moments", "--set", "optimizer=sgd", "-o", store), 2, "SGD keeps no exp_avg"),
+        ((*WORDS, "--predictors", "anderson", "--option", "points=9", "-o", store), 2, "the first is at step 32, the "),
+        ((*WORDS[:-1], "20%", "--window", 100, "-o", store), 2, "which a window of 100 has to follow, at -60"),
+        (("leap", "linreg", "--steps", 200, "-o", store), 2, "the network has none: weight [1, 15]"),
+        ((*WORDS, "--require", "speedup=1", "-o", store), 2, "without a control"),
+        ((*WORDS, "--strength", "nan"), 2, "--strength"),
         ((*WORDS, "--set", "lr=1e30"), 4, "not finite"),
     ):
         done = farcli(*words)
         assert (done.code, "Traceback" in done.err) == (code, False), (words, done.err)
         assert text in done.err, (words, done.err)
         assert done.err.count("farcli: error:") == 1
-    silent = farcli("leap", "digits-cnn", "--set", "held_back=200", "--steps", 5)
+    assert not store.exists()  # nothing was begun
+    silent = farcli(*WORDS, "--verify-budget", "0%")
     assert silent.code == 0
-    assert "no leap was proposed in 5 steps: its window of 100" in silent.err
+    assert "no leap was proposed in 40 steps: its costs" in silent.err
     with pytest.raises(UsageError, match="batches 0"):
         trained(tmp_path / "x.zarr", batches=0)

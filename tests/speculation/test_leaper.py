@@ -382,11 +382,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(UsageError, match="trains no parameter of the model"):
         Leaper(nn.Linear(2, 2), training()[1], gate="none")
     model, optimizer = training()
-    with pytest.raises(UsageError, match="keeps no exp_avg"), Leaper(model, optimizer, "moments", every=2, gate="none"):
-        steps(model, optimizer, 4)
-    model, optimizer = training()
-    with (
-        pytest.raises(UsageError, match="takes gradients on fresh batches"),
-        Leaper(model, optimizer, "loss-span", every=2, gate="none", compute=9.0),
-    ):
-        steps(model, optimizer, 20)
+    with pytest.raises(UsageError, match="keeps no exp_avg"), Leaper(model, optimizer, "moments", gate="none"):
+        steps(model, optimizer, 1)
+    with pytest.raises(UsageError, match="takes gradients on fresh batches"):
+        Leaper(model, optimizer, "loss-span", gate="none")

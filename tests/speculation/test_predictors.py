@@ -131,6 +131,14 @@ def test_spectral_goes_as_far_as_training_but_evenly() -> None:
         assert singular.max() / singular.min() < before.max() / before.min()
 
 
+def test_spectral_refuses_a_network_without_matrices() -> None:
+    predictor = build_predictor("spectral", {})
+    predictor.require(observed(), every=10, ahead=10)
+    vectors = layout_of([("table.weight", (7, 3), "float32", "parameter"), ("b", (6,), "float32", "parameter")], {})
+    with pytest.raises(UsageError, match=r"the network has none: table.weight \[7, 3\], b \[6\]\."):
+        predictor.require(observed(layout=vectors), every=10, ahead=10)
+
+
 def test_spectral_knows_what_it_costs() -> None:
     predictor, seen = build_predictor("spectral", {}), observed(points=2)
     with FlopCounterMode(display=False) as counter:
@@ -284,16 +292,17 @@ def test_a_fitted_forecaster_leaps_where_its_map_says(fitted: Path) -> None:
 
 def test_a_fitted_forecaster_refuses_what_it_was_not_fitted_for(fitted: Path) -> None:
     predictor = build_predictor(str(fitted), {})
+    predictor.require(observed(), every=10, ahead=30)
     with pytest.raises(UsageError, match=r"10, 30 steps ahead, and 20 is not among them") as caught:
-        predictor.propose(observed(), ahead=20, strength=1.0)
+        predictor.require(observed(), every=10, ahead=20)
     assert caught.value.hint is not None
     assert "--K 10" in caught.value.hint
     with pytest.raises(UsageError, match=r"snapshots 10 steps apart, but points are 5 apart") as caught:
-        predictor.propose(observed(every=5), ahead=10, strength=1.0)
+        predictor.require(observed(), every=5, ahead=10)
     assert caught.value.hint is not None
     assert "--every 10" in caught.value.hint
     with pytest.raises(UsageError, match=r"was fitted on D = 145 parameters, but this network has D = 6"):
-        predictor.propose(observed(layout=layout_of([("w", (6,), "float32", "parameter")], {})), 10, 1.0)
+        predictor.require(observed(layout=layout_of([("w", (6,), "float32", "parameter")], {})), every=10, ahead=10)
     with pytest.raises(UsageError, match="fitted already"):
         build_predictor(str(fitted), {"points": "3"})
     with pytest.raises(StoreError, match="no such file"):

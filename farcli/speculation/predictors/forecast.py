@@ -69,7 +69,7 @@ class Forecast(Predictor):
         points = dict(zip(seen.steps_C[-self._context :], seen.weights_CD[-self._context :], strict=True))
         steps_C, layout = tuple(points), seen.layout
         if self._fitted is not None:
-            layout = self._layout(self._fitted, seen, ahead)
+            layout = self._fitted.problem.layout  # with buffers, unlike that of what is trained
             if _back(steps_C) != _back(self._fitted.context[-self._context :]):
                 return Proposal(move_D=torch.zeros_like(seen.now))  # after a stop, until points are even again
         looked_C = self._forecaster.observed(steps_C)
@@ -83,12 +83,11 @@ class Forecast(Predictor):
         move_D = self._forecaster.forecast(prefix, (steps_C[-1] + ahead,))[0, 0] - seen.now
         return Proposal(move_D=move_D.mul_(strength), average=self._name not in _AVERAGERS)
 
-    def _layout(self, fitted: Artefact, seen: Observed, ahead: int) -> Layout:
-        """The layout that it was fitted on, where network, spacing and horizon are as they were there.
-
-        Raises:
-            UsageError: they are not.
-        """
+    def require(self, seen: Observed, *, every: int, ahead: int) -> None:
+        """Network, spacing and horizon have to be those that it was fitted for."""
+        fitted = self._fitted
+        if fitted is None:
+            return
         problem, who = fitted.problem, f"predictor {self._name}"
         own, this = (
             [(slot.name, slot.shape) for slot in layout.slots if slot.role == "parameter"]
@@ -96,12 +95,13 @@ class Forecast(Predictor):
         )
         if own != this:
             problem.require_layout(who, seen.layout)
-        gaps, last = _gaps(fitted.context), _gaps(seen.steps_C[-3:])
-        if self._context > 1 and len(seen.steps_C) > 2 and len(last) == 1 and last != gaps:
+        gaps = {after - before for before, after in pairwise(fitted.context[-self._context :])}
+        if gaps - {every}:
             raise UsageError(
                 f"{who} was fitted on snapshots {', '.join(map(str, sorted(gaps)))} steps apart, but points are "
-                f"{min(last)} apart.",
-                f"Leap with --every {min(gaps)}, or fit it on runs recorded every {min(last)} steps.",
+                f"{every} apart.",
+                (f"Leap with --every {min(gaps)}, or fit" if len(gaps) == 1 else "Fit")
+                + f" it on runs recorded every {every} steps.",
             )
         horizons = [step - fitted.context[-1] for step in problem.steps_H]
         if ahead not in horizons:
@@ -111,11 +111,6 @@ class Forecast(Predictor):
                 "them.",
                 f"Leap with --K {nearest}, or fit it with --to.",
             )
-        return problem.layout
-
-
-def _gaps(steps_C: Sequence[int]) -> set[int]:
-    return {after - before for before, after in pairwise(steps_C)}
 
 
 def _back(steps_C: Sequence[int]) -> list[int]:

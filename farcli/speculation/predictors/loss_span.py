@@ -19,6 +19,7 @@ class LossSpan(Predictor):
     Zibulevsky (2005).
     """
 
+    takes_batches = True
     reference = "coefficients of recent displacements fitted on fresh batches: ours"
 
     @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,10 @@ class MomentsAlong(Predictor):
         """One point."""
         return 1
 
+    def require(self, seen: Observed, *, every: int, ahead: int) -> None:
+        """The optimiser has to keep moments."""
+        seen.moments()
+
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """−K·lr·m̂/(√v̂ + ε)."""
         moments = seen.moments()

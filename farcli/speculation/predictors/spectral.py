@@ -7,6 +7,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farcli.errors import UsageError
 from farcli.layout import Layout, Slot
 from farcli.speculation.base import Observed, Predictor, Proposal
 from farcli.speculation.predictors.slow_momentum import SlowMomentum
@@ -53,6 +54,16 @@ class Spectral(Predictor):
     def context(self) -> int:
         """Two points."""
         return 2
+
+    def require(self, seen: Observed, *, every: int, ahead: int) -> None:
+        """The network has to have a matrix."""
+        if not any(_is_map(slot, seen.tables) for slot in seen.layout.floats):
+            shapes = ", ".join(f"{slot.name} {list(slot.shape)}" for slot in seen.layout.floats[:4])
+            raise UsageError(
+                f"spectral: leaps with matrices and convolutions, and the network has none: {shapes}"
+                f"{', …' if len(seen.layout.floats) > 4 else ''}.",
+                "Choose another predictor: outer, shift, …; see farcli methods --leaps.",
+            )
 
     def propose(self, seen: Observed, ahead: int, strength: float) -> Proposal:
         """κ(s·U − d) for each matrix."""
