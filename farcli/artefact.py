@@ -1,6 +1,8 @@
 """A fitted forecaster in one safetensors file: its tensors, options, problem and provenance."""
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from hashlib import sha256
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from farcli.config import configure
 from farcli.errors import StoreError, UsageError
-from farcli.files import write_file
+from farcli.files import staged_file
 from farcli.forecasters.base import FittedForecaster, Forecaster, Problem
 from farcli.forecasters.table import FORECASTERS
 from farcli.layout import Layout
@@ -60,7 +62,8 @@ def save(artefact: Artefact, path: Path, *, replace: bool) -> None:
         UsageError: the file exists and `replace` is false.
         ResourceError: the disk is full.
     """
-    from safetensors.torch import save as to_bytes
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     forecaster, problem = artefact.forecaster, artefact.problem
     tensors = forecaster.tensors() if isinstance(forecaster, FittedForecaster) else {}
@@ -77,7 +80,13 @@ def save(artefact: Artefact, path: Path, *, replace: bool) -> None:
         "tensors": _digest(tensors),
         "provenance": artefact.provenance,
     }
-    write_file(path, to_bytes(tensors, metadata={_KEY: json.dumps(header)}), replace=replace)
+    with staged_file(path, replace) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})  # straight from the tensors: no copy
+        except SafetensorError as error:
+            if number := re.search(r"os error (\d+)", str(error)):  # the system's, told in words
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -87,6 +87,19 @@ def solve(
     return forecaster
 
 
+def require_room(forecaster: SolvedForecaster | TrainedForecaster, problem: Problem) -> None:
+    """Refuse what the method itself cannot hold, whatever the data take.
+
+    Raises:
+        ResourceError: more than `problem.memory`; names the largest D possible.
+        UsageError: the problem does not fit the options.
+    """
+    if isinstance(forecaster, TrainedForecaster):
+        _network_bytes(forecaster, problem)
+    else:
+        forecaster.sums(problem)
+
+
 def _summed(forecaster: SolvedForecaster, problem: Problem, blocks: Iterator[Block]) -> Sums:
     sums = forecaster.sums(problem)
     assert isinstance(sums, SumsInParts)
@@ -121,8 +134,8 @@ _NOISE = 0x5EED
 """Added to the seed of the random numbers that the validation loss is measured with, the same every epoch."""
 _INDEX = 24
 """Bytes beside its weights that holding an example takes: its run, its place, and its place in a shuffled order."""
-_PART = 1 << 16
-"""Examples handed over at once where no gradient is taken."""
+_PART = 1 << 13
+"""Examples handed over at once where no gradient is taken: hidden layers are far wider than an example."""
 
 Batch = tuple[Prefix, Tensor]
 

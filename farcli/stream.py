@@ -196,10 +196,12 @@ class Stream:
                 else "Give more memory, or forecast fewer steps at once with --to."
             )
             factor = self._given / max(1, self._memory)
+            largest = self._memory // row_bytes(1)
             raise ResourceError(
                 f"--memory {format_size(self._given)}: too small for one block of {trajectory.path} "
                 f"({rows} snapshots of {unit} coordinates, read ahead): "
-                f"at least {format_size(row_bytes(1) * unit * factor * 1.01)} is needed.",
+                f"at least {format_size(row_bytes(1) * unit * factor * 1.01)} is needed"
+                + (f"; it allows D = {largest}." if self.coupling is Coupling.JOINT else "."),
                 hint=advice,
             )
 

@@ -51,6 +51,19 @@ def gathered(stream, sources):
     return found
 
 
+def test_too_little_memory_for_whole_vectors_names_the_largest(tmp_path):
+    def stream(size):
+        trajectory, _ = written(tmp_path / f"{size}.zarr", [3, 5], size)
+        sources = [Source(trajectory=trajectory, runs=(3, 5))]
+        return Stream(sources, coupling=Coupling.JOINT, steps_C=(0, 20), steps_H=(30,), memory=1_100)
+
+    with pytest.raises(ResourceError, match=r"too small for one block .* allows D = 45"):
+        stream(50)
+    assert stream(45).plans[0].bytes <= 1_100
+    with pytest.raises(ResourceError, match="allows D = 45"):
+        stream(46)
+
+
 @pytest.mark.parametrize("coupling", list(Coupling))
 @pytest.mark.parametrize("memory", [1_100, 3_000, 10_000_000])
 def test_blocks_are_what_was_stored_whatever_the_memory(store, tmp_path, coupling, memory):

@@ -4,12 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from farcli import evaluate, fit, inspect, record
 from farcli.errors import FarcliError, NonFiniteError, ResourceError, StoreError
+from farcli.layout import layout_of
+from farcli.store import TrajectoryWriter
 from tests.conftest import Outcome
 
 
@@ -80,6 +83,37 @@ def test_a_joint_method_names_the_largest_size(stores: Path, tmp_path: Path) -> 
         fit_quickly("gfm", store, file, memory=2_000_000)
     assert not file.exists()
     assert fit_quickly("lstm", store, file, memory=2_000_000)["parameters"] == 1922
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("gfm", {"updates": "2"}),
+        ("lstm", {"updates": "2", "channels": "joint"}),
+        ("lfd2", {"map": "dense"}),
+        ("lfd2", {"map": "dense", "ridge": "loo"}),
+    ],
+)
+def test_the_largest_size_that_is_named_fits_and_the_next_does_not(
+    method: str, options: dict[str, str], tmp_path: Path
+) -> None:
+    def fitted(size: int) -> dict[str, Any]:
+        layout = layout_of([("weight", (size,), "float32", "parameter")])
+        rng, store = np.random.default_rng(size), tmp_path / f"{size}.zarr"
+        with TrajectoryWriter.create(store, layout, [0, 1, 2], planned_steps=range(8), lockstep=True) as writer:
+            for step in range(8):
+                writer.append(step, rng.standard_normal((3, size), dtype=np.float32))
+            writer.finish()
+        return fit(method, [str(store)], tmp_path / "x", options=options, device="cpu", memory=4_000_000, replace=True)
+
+    def refused(size: int) -> int:
+        with pytest.raises(ResourceError, match=rf"{method}: .*D = {size} .* which allows D = \d+") as caught:
+            fitted(size)
+        return int(str(caught.value).rsplit("D = ", 1)[1].rstrip("."))
+
+    largest = refused(100_000)  # where not even one run's snapshots fit
+    assert fitted(largest)["parameters"] == largest
+    assert refused(largest + 1) == largest
 
 
 @pytest.mark.parametrize(

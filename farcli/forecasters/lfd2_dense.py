@@ -7,7 +7,7 @@ Shape suffixes: B runs of a block, R runs, D coordinates, H horizons, X = 2D col
 with the bias, Y = H·D targets.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import isqrt
 from typing import Any, Self, final
@@ -21,6 +21,11 @@ from farcli.forecasters.base import Prefix, Problem, Sums, stored
 from farcli.forecasters.least_squares import inverse_spectrum, normal_equations, unit_scale
 from farcli.forecasters.leave_one_out import PENALTIES, require_runs
 
+_GRAM_COPIES = 6
+"""Copies of the Gram matrix and its right-hand sides that solving them holds, LAPACK's among them."""
+_CHUNK = 1 << 18
+"""Numbers of the targets that are worked on at once."""
+
 
 def use_rows(problem: Problem, *, required: bool = False) -> bool:
     """Whether the rows of all runs are smaller than the Gram matrix, or `required`.
@@ -28,19 +33,26 @@ def use_rows(problem: Problem, *, required: bool = False) -> bool:
     Raises:
         ResourceError: neither fits `problem.memory`; names the largest D that does.
     """
-    horizons, size = len(problem.steps_H), problem.coordinates
-    # Twice: while it is solved, the data and the solution of the same size are both held.
-    rows_each = 2 * 8 * problem.runs * (2 + horizons)
-    rows, gram = rows_each * size, 2 * 8 * (2 * size + 1) * ((2 * size + 1) + horizons * size)
+    runs, horizons, size = problem.runs, len(problem.steps_H), problem.coordinates
+    # What is held at most while they are solved: data, copies and the solution; and the spectrum of R × R numbers.
+    rows_each = 8 * (runs * (4 + horizons + max(2, horizons)) + horizons + 6)
+    spectrum = 8 * 4 * runs**2
+    rows, gram = rows_each * size + spectrum, _GRAM_COPIES * 8 * (2 * size + 1) * ((2 * size + 1) + horizons * size)
     if (need := rows if required else min(rows, gram)) > problem.memory:
-        by_gram = 0 if required else isqrt(problem.memory // (16 * (4 + 2 * horizons)))
-        largest = max(problem.memory // rows_each, by_gram)
+        by_gram = 0 if required else _largest_by_gram(problem.memory, horizons)
+        largest = max(0, (problem.memory - spectrum) // rows_each, by_gram)
         raise ResourceError(
             f"lfd2: a dense map for D = {size} parameters, {horizons} target steps and {problem.runs} runs needs "
             f"{format_size(need)}, but the budget is {format_size(problem.memory)}, which allows D = {largest}.",
             "Raise --memory, forecast fewer steps with --to, or use the shared map (--set map=shared).",
         )
     return required or rows <= gram
+
+
+def _largest_by_gram(memory: int, horizons: int) -> int:
+    """The largest D with 8·6·(2D + 1)·((2 + H)·D + 1) ≤ memory."""
+    size = isqrt(memory // (_GRAM_COPIES * 8 * (4 + 2 * horizons)))
+    return size - (_GRAM_COPIES * 8 * (2 * size + 1) * ((2 + horizons) * size + 1) > memory)
 
 
 def _columns(prefix: Prefix, size: int) -> tuple[Tensor, Tensor]:
@@ -174,32 +186,47 @@ def solve_rows(sums: RowSums, problem: Problem, *, ridge: float | None, bias: bo
     assert sums.seen == problem.runs, "every run comes once"
     basis_RX, targets_RY = sums.basis_RX, sums.targets_RY
     mean_X = basis_RX.mean(0) if bias else torch.zeros_like(basis_RX[0])
-    mean_Y = targets_RY.mean(0) if bias else torch.zeros_like(targets_RY[0])
     raw_X = basis_RX.square().sum(0)
     unit_RX = basis_RX - mean_X
     scale_X = unit_scale(unit_RX.square().sum(0), raw_X)
     unit_RX *= scale_X
     values_R, vectors_RR = torch.linalg.eigh(unit_RX @ unit_RX.T)
+    unit_RX *= scale_X
+    inner_XR = unit_RX.T.contiguous()
+    del unit_RX
     if ridge is None:
-        ridge = _least_left_out(values_R, vectors_RR, targets_RY - mean_Y, bias=bias)
-    outer_RY = (vectors_RR * inverse_spectrum(values_R, ridge)) @ (vectors_RR.T @ (targets_RY - mean_Y))
-    inner_XR = (unit_RX * scale_X).T.contiguous()
-    return DenseMap(inner_XV=inner_XR, outer_RY=outer_RY, intercept_Y=mean_Y - (mean_X @ inner_XR) @ outer_RY)
+        ridge = _least_left_out(values_R, vectors_RR, targets_RY, bias=bias)
+    inverse_RR = vectors_RR * inverse_spectrum(values_R, ridge)
+    outer_RY, intercept_Y = torch.empty_like(targets_RY), torch.empty_like(targets_RY[0])
+    for part, mean_N, centred_RN in _centred_parts(targets_RY, bias=bias):
+        outer_RY[:, part] = inverse_RR @ (vectors_RR.T @ centred_RN)
+        intercept_Y[part] = mean_N - (mean_X @ inner_XR) @ outer_RY[:, part]
+    return DenseMap(inner_XV=inner_XR, outer_RY=outer_RY, intercept_Y=intercept_Y)
 
 
-def _least_left_out(values_R: Tensor, vectors_RR: Tensor, centred_RY: Tensor, *, bias: bool) -> float:
+def _centred_parts(targets_RY: Tensor, *, bias: bool) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some columns of the targets after the other, which are as large as memory: where, their mean, and without it."""
+    width = max(1, _CHUNK // len(targets_RY))
+    for start in range(0, targets_RY.shape[1], width):
+        part = slice(start, start + width)
+        targets_RN = targets_RY[:, part]
+        mean_N = targets_RN.mean(0) if bias else torch.zeros_like(targets_RN[0])
+        yield part, mean_N, targets_RN - mean_N
+
+
+def _least_left_out(values_R: Tensor, vectors_RR: Tensor, targets_RY: Tensor, *, bias: bool) -> float:
     """The penalty with the least leave-one-out error, r / (1 − h) with h the diagonal of the hat matrix.
 
     The columns keep their lengths when a run is left out; else it is exact.
     """
     runs = len(values_R)
     require_runs("lfd2", runs)
-    along_RY = vectors_RR.T @ centred_RY
-
-    def error(penalty: float) -> float:
-        shrink_R = values_R * inverse_spectrum(values_R, penalty)
-        leverage_R = vectors_RR.square() @ shrink_R + (1 / runs if bias else 0)
-        residual_RY = centred_RY - vectors_RR @ (shrink_R[:, None] * along_RY)
-        return float((residual_RY / (1 - leverage_R).clamp(min=1e-12)[:, None]).square().sum())
-
-    return min(PENALTIES, key=error)
+    shrinks = [values_R * inverse_spectrum(values_R, penalty) for penalty in PENALTIES]
+    leverages = [vectors_RR.square() @ shrink_R + (1 / runs if bias else 0) for shrink_R in shrinks]
+    errors = [0.0] * len(PENALTIES)
+    for _, _, centred_RN in _centred_parts(targets_RY, bias=bias):
+        along_RN = vectors_RR.T @ centred_RN
+        for number, (shrink_R, leverage_R) in enumerate(zip(shrinks, leverages, strict=True)):
+            residual_RN = centred_RN - vectors_RR @ (shrink_R[:, None] * along_RN)
+            errors[number] += float((residual_RN / (1 - leverage_R).clamp(min=1e-12)[:, None]).square().sum())
+    return PENALTIES[errors.index(min(errors))]

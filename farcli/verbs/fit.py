@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from farcli.artefact import Artefact, build, load, save
-from farcli.errors import FarcliError, NonFiniteError, UsageError
+from farcli.errors import FarcliError, NonFiniteError, ResourceError, UsageError
 from farcli.files import check_outcome
-from farcli.fitting import DivergedError, Saved, descend, solve
+from farcli.fitting import DivergedError, Saved, descend, require_room, solve
 from farcli.forecasters.base import (
     FittedForecaster,
     Forecaster,
@@ -150,16 +150,20 @@ def fit(
 
     found: dict[str, Any] = {}
     if isinstance(forecaster, SolvedForecaster | TrainedForecaster):
-        stream = Stream(
-            sources,
-            coupling=forecaster.coupling,
-            steps_C=problem.steps_C,
-            steps_H=steps_H,
-            coordinates=problem.coordinates,
-            device=resolve_device(device),
-            memory=memory,
-            share=0.5,
-        )
+        try:
+            stream = Stream(
+                sources,
+                coupling=forecaster.coupling,
+                steps_C=problem.steps_C,
+                steps_H=steps_H,
+                coordinates=problem.coordinates,
+                device=resolve_device(device),
+                memory=memory,
+                share=0.5,
+            )
+        except ResourceError:
+            require_room(forecaster, problem)  # what a joint method can hold is less than what can be read
+            raise
         try:
             if isinstance(forecaster, SolvedForecaster):
                 spread = bound(_spread, stream, report) if stream.spreads else None
