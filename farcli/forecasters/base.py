@@ -209,7 +209,10 @@ class Forecaster(ABC):
 
 
 class TrainingLoss(ABC):
-    """The training loss of the training runs, at any weights: of training data, never of held-out data."""
+    """The loss of the training runs, at any weights: of training data, never of what forecasts are reported on.
+
+    The last batches are of data that was held back from training, where there is such: to judge by, not to fit on.
+    """
 
     @abstractmethod
     def at(self, weights_D: Tensor, run: int, batch: int) -> Tensor:

@@ -7,14 +7,16 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from farcli.errors import FarcliError
+from farcli.errors import FarcliError, UsageError
 from farcli.forecasters.base import TrainingLoss
 from farcli.stream import Source
 from farcli.training import Network, threads, workload_of
 from farcli.workloads.base import Batch, Workload
 
 _BATCHES = 9
-"""Training batches of each run: the first ones it was trained on."""
+"""Batches of each run: the first ones it was trained on."""
+_JUDGING = 3
+"""The last of them are held back from training, where the workload holds any back: training loss falls for ever."""
 
 
 class _Loss(nn.Module):
@@ -31,7 +33,7 @@ class _Loss(nn.Module):
 
 @final
 class WorkloadLoss(TrainingLoss):
-    """The loss of the workload that the stores were recorded from, on training batches.
+    """The loss of the workload that the stores were recorded from, on training batches and on what it holds back.
 
     In evaluation mode, with each run's BatchNorm statistics at the last observed step: as `eval` measures.
 
@@ -64,8 +66,7 @@ class WorkloadLoss(TrainingLoss):
     def at(self, weights_D: Tensor, run: int, batch: int) -> Tensor:
         """The loss of one run's batch at these weights; gradients flow."""
         if run not in self._held:
-            batches = self._workload.batches([self._seeds[run]])
-            self._held[run] = [next(batches) for _ in range(_BATCHES)]
+            self._held[run] = self._drawn(self._seeds[run])
         values: dict[str, Any] = {}
         for slot in self._layout.floats:
             # Buffers apart from weights: BatchNorm refuses statistics that gradients flow through.
@@ -75,6 +76,15 @@ class WorkloadLoss(TrainingLoss):
             values[f"network.{slot.name}"] = own[None] if self._workload.lockstep else own
         with threads(self._workload.threads):
             return functional_call(self._loss, values, (self._held[run][batch],)).sum()
+
+    def _drawn(self, seed: int) -> list[Batch]:
+        batches = self._workload.batches([seed])
+        found = [next(batches) for _ in range(_BATCHES)]
+        try:
+            held_back = self._workload.verification(seed, 0, _JUDGING)
+        except UsageError:
+            return found
+        return found[: _BATCHES - len(held_back)] + list(held_back)
 
 
 def training_loss(sources: Sequence[Source], step: int) -> WorkloadLoss | None:
