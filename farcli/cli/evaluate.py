@@ -204,10 +204,10 @@ def _notes(rows: list[dict]) -> list[str]:
     cost = next((r["equivalent_steps"] - r["net_steps"] for r in rows if r.get("net_steps") is not None), None)
     verified = any(row.get("kept") is not None for row in rows)
     if verified:
-        notes.append(
-            "kept: runs whose forecast lowered the loss of batches that nothing is reported on; the others count as "
-            "w_n in all that is held out. mse and skill are the forecast's own."
-        )
+        notes += [
+            "kept: runs whose forecast lowered the loss of batches that nothing is reported on; elsewhere w_n",
+            "counts in all that is held out. mse and skill are the forecast's own.",
+        ]
     if cost is not None:
         what = "Verifying one forecast" if verified else "Checking one forecast on the held-out data"
         notes.append(f"{what} costs {cost:.1f} steps (net_steps takes them off).")
