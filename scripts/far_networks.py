@@ -71,7 +71,7 @@ CASES = {
                         every=20, epoch=20, last=23, starts=(7, 15), ahead=(1, 2, 4, 8), train=20, test=20),
     "distilbert": Case(workload="distilbert", options={"batch": "8", "held_back": "9248", "sentences": "250"},
                        every=10, epoch=40, last=16, starts=(7,), ahead=(2, 4, 8), train=6, test=10,
-                       method={"method": "loss"}, memory=8_000_000_000),
+                       method={"method": "loss"}, memory=10_000_000_000),
 }  # fmt: skip
 
 

@@ -180,8 +180,9 @@ class Far(SolvedForecaster):
     method=lfd2: for everything else the shared map of `lfd2` with ridge=loo, guard=true, intervals=true, with one map
     for all tensors or one for each, whichever forecasts runs left out better.
 
-    method=loss: where the runs' training loss can be computed, for at most 1,000,000 parameters unless asked for: that
-    map, or the leap of `loss-lfd`, at each horizon the one that lowers the training loss of runs left out more.
+    method=loss: where the runs' loss can be computed, for at most 1,000,000 parameters unless asked for: that map, or
+    the leap of `loss-lfd`, at each horizon the one that lowers the loss of runs left out more, on data that were held
+    back from training where the workload holds any back, else on training data.
 
     Every horizon is judged on the training runs, each left out of its own forecast, by loss with method=loss and by
     squared error otherwise: where that is not below that of keeping w_n, w_n is kept. By loss it must be so by one
@@ -305,11 +306,11 @@ class Far(SolvedForecaster):
                 self._loss = known.loss()
                 against = "" if self._loss else "the stores name no workload that can be built here"
             except ResourceError as error:
-                against = str(error)
+                against = str(error).removesuffix(".")
         if against and self._config.method == "loss":
             raise UsageError(f"far: method = loss cannot be: {against}.", "Leave method at auto.")
         self._config = replace(self._config, method="lfd2" if against else "loss")
-        self._reason += f"; not by loss: {against}" if against else "; judged by training loss"
+        self._reason += f"; not by loss: {against}" if against else "; judged by loss"
 
     def sums(self, problem: Problem) -> Sums:
         """Empty sums: those of LFD-2; for identification the runs themselves, for leaps what they start from."""
@@ -353,7 +354,7 @@ class Far(SolvedForecaster):
         return fitted
 
     def _judge(self, problem: Problem, rows: PrefixRows, loss: TrainingLoss) -> None:
-        """Choose at each horizon what lowers the training loss of runs left out most, or w_n."""
+        """Choose at each horizon what lowers the loss of runs left out most, or w_n."""
         rows_RCD, runs = rows.rows_RCD, problem.runs
         leap = LossLfd(LossLfd.Config()).prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
         gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)
