@@ -37,6 +37,8 @@ _SAFE = 0.95
 """The share of runs left out that should not be worse off."""
 _ROWS = 4
 """w_0, w_{n−2}, w_{n−1}, w_n."""
+_WORK = 24
+"""Vectors that fitting and judging one run take beside the rows, the network's own apart; measured."""
 
 
 @final
@@ -54,7 +56,7 @@ class PrefixRows(Sums):
         Raises:
             ResourceError: names the largest D.
         """
-        need_each = 2 * _ROWS * 4 * problem.runs  # twice: the parts of a pass are merged
+        need_each = 4 * (_ROWS * problem.runs + _WORK)
         if need_each * problem.coordinates > problem.memory:
             raise ResourceError(
                 f"loss-lfd: {problem.runs} runs of D = {problem.coordinates} parameters need "
@@ -85,10 +87,12 @@ class LossLfd(SolvedForecaster):
     """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}), with a, b, c of each tensor.
 
     Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches of their training data;
-    held-out data, which `eval` reports on, are never looked at. No future weights are needed, and the forecast is the
-    same at every step: where loss is least along these directions. Runs are left out in up to 4 folds, and their loss
-    is taken on batches of its own: of the whole leap and shorter ones that is chosen which lowers it most, among those
-    that leave 95 % of the runs no worse; where none lowers it by one standard error, a = b = c = 0 and w_n is kept.
+    held-out data, which `eval` reports on, are never looked at. The descent begins where one displacement leads to,
+    doubled for as long as that lowers the loss, and its rate is in units of that length: a leap may be a hundred times
+    as long as the context. No future weights are needed, and the forecast is the same at every step: where loss is
+    least along these directions. Runs are left out in up to 4 folds, and their loss is taken on batches of its own: of
+    the whole leap and shorter ones that is chosen which lowers it most, among those that leave 95 % of the runs no
+    worse; where none lowers it by one standard error, a = b = c = 0 and w_n is kept.
 
     Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and two more.
     Differs: no target step; BatchNorm statistics are those at w_n.
@@ -102,7 +106,7 @@ class LossLfd(SolvedForecaster):
 
         updates: int = field(default=200, metadata={"help": "updates of each fit"})
         batch: int = field(default=4, metadata={"help": "runs an update, each on one batch of its own"})
-        lr: float = field(default=0.05, metadata={"help": "Adam's learning rate at the start"})
+        lr: float = field(default=0.05, metadata={"help": "Adam's learning rate, times the length that doubling found"})
         seed: int = field(default=0, metadata={"help": "of the order of runs and batches"})
 
         def __post_init__(self) -> None:
@@ -219,13 +223,14 @@ class LossLfd(SolvedForecaster):
     def _descended(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
         config, loss = self._config, require_fitted("loss-lfd", self._loss)
         segments = problem.layout.segments(0, problem.coordinates)
-        theta_SJ = torch.zeros(len(problem.layout.floats), 3, requires_grad=True)
-        optimizer = torch.optim.Adam([theta_SJ], lr=config.lr)
+        theta_SJ = self._begun(problem, rows_RCD, runs).requires_grad_()
+        lr = config.lr * max(1.0, float(theta_SJ.detach().abs().max()))
+        optimizer = torch.optim.Adam([theta_SJ], lr=lr)
         generator = torch.Generator().manual_seed(config.seed)
         train = max(1, loss.batches - _JUDGING)
-        best = torch.zeros_like(theta_SJ)
+        best = theta_SJ.detach().clone()
         for update in range(config.updates):
-            optimizer.param_groups[0]["lr"] = config.lr * (1 + math.cos(math.pi * update / config.updates)) / 2
+            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * update / config.updates)) / 2
             optimizer.zero_grad()
             total = torch.zeros(())
             for place in torch.randint(len(runs) * train, (config.batch,), generator=generator).tolist():
@@ -238,6 +243,26 @@ class LossLfd(SolvedForecaster):
             best = theta_SJ.detach().clone()
             optimizer.step()
         return best
+
+    @torch.no_grad()
+    def _begun(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
+        """Where the descent begins: along one displacement, doubled for as long as that lowers the loss, or at 0."""
+        loss, segments = require_fitted("loss-lfd", self._loss), problem.layout.segments(0, problem.coordinates)
+        train = max(1, loss.batches - _JUDGING)
+
+        def lost(theta_SJ: Tensor) -> float:
+            return sum(float(loss.at(_leapt(rows_RCD[run], segments, theta_SJ), run, run % train)) for run in runs)
+
+        begun_SJ = torch.zeros(len(problem.layout.floats), 3)
+        least = kept = lost(begun_SJ)
+        for column in range(3):
+            theta_SJ, before = torch.zeros_like(begun_SJ), kept
+            theta_SJ[:, column] = 1.0
+            while (now := lost(theta_SJ)) < before:
+                if now < least:
+                    begun_SJ, least = theta_SJ.clone(), now
+                theta_SJ, before = 2 * theta_SJ, now
+        return begun_SJ
 
     @torch.no_grad()
     def loss_at(self, weights_D: Tensor, run: int) -> float:

@@ -61,6 +61,15 @@ def test_coefficients_are_those_of_least_loss() -> None:
     assert fitted.notes()["gain_left_out"] > 0  # pyright: ignore[reportOperatorIssue]
 
 
+def test_leaps_are_as_long_as_lowers_the_loss() -> None:
+    """Forty times the last step, as on slowly trained networks: far beyond what so few updates reach from 0."""
+    rows_RCD = normal(8, 4, 5, seed=6).cumsum(1)
+    points_RD = rows_RCD[:, -1] + 40 * (rows_RCD[:, -1] - rows_RCD[:, -2])
+    fitted = fit(rows_RCD, Distance(points_RD), updates=60)
+    found = torch.tensor([[row["a"], row["b"], row["c"]] for row in fitted.coefficients()])
+    torch.testing.assert_close(found, torch.tensor([[0.0, 40.0, 0.0]] * 2), atol=1.0, rtol=0)
+
+
 def test_w_n_is_kept_where_runs_left_out_gain_nothing() -> None:
     rows_RCD = normal(8, 4, 5, seed=1).cumsum(1)
     fitted = fit(rows_RCD, Distance(rows_RCD[:, -1], noise=1.0), updates=40)
