@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
 .PHONY: help install data demo gfm-table1 gfm-table2 gfm-figure2 gfm-figure3 far-d2 gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
-.PHONY: lfd-distilbert horizon leap-bench leap-warm leap-verify leap-moments bench-store bench-record test test-slow format lint types imports check constraints clean
+.PHONY: lfd-distilbert horizon leap-bench leap-warm leap-verify leap-moments bench-store bench-record bench-fit test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -117,6 +117,10 @@ bench-store: $(VENV)/dev  ## Time the store against its yardsticks, into scripts
 # `make bench-record FULL=--full` takes more pairs and more intervals; with `FULL='--device cuda'` GPT-2 on a GPU.
 bench-record: $(VENV)/dev data/.fetched  ## Time a training with and without recording, into scripts/results
 	$(BIN)/python scripts/bench_record.py $(FULL)
+
+# `make bench-fit FULL=--full` takes a trajectory of 4.4 GB.
+bench-fit: $(VENV)/dev  ## What every method holds of a large trajectory under --memory 512M, into scripts/results
+	$(BIN)/python scripts/bench_fit.py $(FULL)
 
 # ----------------------------------------------------------------------- tests
 

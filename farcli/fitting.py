@@ -128,8 +128,9 @@ def _not_finite(problem: Problem, passes: Passes) -> NonFiniteError:
 
 # ------------------------------------------------------------------ by gradient
 
-_STATES = 6
-"""Copies of a network that a fit holds: itself, its gradient, Adam's two moments, best and latest state."""
+_STATES = 8
+"""Copies of a network that a fit holds: itself, its gradient and what backpropagation adds to it, Adam's two moments,
+the best state, the latest and the one before."""
 _NOISE = 0x5EED
 """Added to the seed of the random numbers that the validation loss is measured with, the same every epoch."""
 _INDEX = 24

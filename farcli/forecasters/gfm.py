@@ -9,9 +9,14 @@ from typing import Literal, final
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from farcli.forecasters.base import Coupling, Descent, Prefix, Problem, Trained, TrainedForecaster, require_fitted
 from farcli.forecasters.scaling import forecast_channels
+
+_KEPT = 1 << 20
+"""Numbers of a mini-batch's forecasts up to which autograd keeps what led to them, some 18 times as many; of more it
+keeps nothing, and the step to each target is taken again for the gradient, to the same bits."""
 
 
 @final
@@ -152,8 +157,14 @@ class Gfm(TrainedForecaster):
     def _midpoint(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """One midpoint step from w_n to each target: [B, H, D]."""
         last_BD = prefix.weights_BCD[:, -1].float()
+        again = last_BD.numel() * len(steps_H) > _KEPT
+
+        def moved(start: float, stop: float) -> Tensor:
+            return self._follow(last_BD, start, stop, steps=1, integrator="midpoint")
+
         moved_HBD = [
-            self._follow(last_BD, *span, steps=1, integrator="midpoint") for span in self._spans(prefix, steps_H)
+            checkpoint(moved, *span, use_reentrant=False, preserve_rng_state=False) if again else moved(*span)
+            for span in self._spans(prefix, steps_H)
         ]
         return last_BD[:, None] + torch.stack(moved_HBD, dim=1)
 

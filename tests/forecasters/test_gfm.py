@@ -145,3 +145,34 @@ def test_a_run_at_rest_stops_alone() -> None:
     assert moving == pytest.approx(1 + 0.8 * (1 + 0.4), rel=1e-5)  # one midpoint step of dw/dt = w
     free = Gfm(Gfm.Config(tau=0.0)).with_network(problem, forecaster.trained.network)
     assert float(free.forecast(prefix, (10,))[0]) == pytest.approx(0.8 * 3e-7, rel=0.5)
+
+
+def test_steps_taken_again_for_the_gradient_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large mini-batches autograd keeps less; the loss and its gradients must not show it."""
+
+    def found(kept: int) -> tuple[list[Tensor], int]:
+        monkeypatch.setattr("farcli.forecasters.gfm._KEPT", kept)
+        generator, held = torch.Generator().manual_seed(0), 0
+        weights_BTD = torch.randn(3, 6, 50, generator=generator)
+        layout = layout_of([("w", (50,), "float32", "parameter")])
+        problem = Problem(layout=layout, coordinates=50, runs=3, steps_C=(0, 1), steps_H=(5, 6, 7, 10), memory=10**9)
+        network = Velocity(50, 8, 2)
+        for parameter in network.parameters():
+            torch.nn.init.uniform_(parameter, -1, 1, generator=generator)
+        forecaster = Gfm(Gfm.Config()).with_network(problem, network)
+        prefix = Prefix(weights_BCD=weights_BTD[:, :2], steps_C=(0, 1), layout=layout, start=0, runs_B=(0, 1, 2))
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal held
+            held += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = forecaster.loss(prefix, problem.steps_H, weights_BTD[:, 2:], generator)
+        loss.backward()
+        return [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)], held
+
+    (plain, much), (again, little) = found(1 << 20), found(0)
+    assert len(plain) == 7
+    assert all(a.equal(b) for a, b in zip(plain, again, strict=True))
+    assert little < 0.5 * much
