@@ -90,9 +90,10 @@ class LossLfd(SolvedForecaster):
     held-out data, which `eval` reports on, are never looked at. The descent begins where one displacement leads to,
     doubled for as long as that lowers the loss, and its rate is in units of that length: a leap may be a hundred times
     as long as the context. No future weights are needed, and the forecast is the same at every step: where loss is
-    least along these directions. Runs are left out in up to 4 folds, and their loss is taken on batches of its own: of
-    the whole leap and shorter ones that is chosen which lowers it most, among those that leave 95 % of the runs no
-    worse; where none lowers it by one standard error, a = b = c = 0 and w_n is kept.
+    least along these directions. Runs are left out in up to 4 folds, and their loss is taken on batches of its own,
+    held back from training where the workload holds any back: of the whole leap and shorter ones that is chosen which
+    lowers it most, among those that leave 95 % of the runs no worse; where none lowers it by one standard error,
+    a = b = c = 0 and w_n is kept.
 
     Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and two more.
     Differs: no target step; BatchNorm statistics are those at w_n.
@@ -272,7 +273,7 @@ class LossLfd(SolvedForecaster):
         return sum(float(loss.at(weights_D, run, batch)) for batch in judging) / len(judging)
 
     def notes(self) -> dict[str, str | float | list[float]]:
-        """How much lower the training loss of runs left out was at the forecast than at w_n, and its standard error."""
+        """How much lower the loss of runs left out was at the forecast than at w_n, and its standard error."""
         mean, error = self._gain
         found: dict[str, str | float | list[float]] = {"gain_left_out": mean, "gain_error": error}
         if not require_fitted("loss-lfd", self._theta_SJ).any():
