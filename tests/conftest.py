@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.forked import Forked
+
 settings.register_profile("farcli", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("farcli")
 
 PROGRAM = str(Path(sys.executable).with_name("farcli"))
+FORKED = Forked(PROGRAM) if sys.platform == "linux" else None
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,13 @@ def _threads() -> None:
     torch.set_num_threads(1)
 
 
-def run_farcli(
-    *words: object, cwd: Path | None = None, env: Mapping[str, str] | None = None, timeout: float = 240
-) -> Outcome:
-    """Run the installed program; stdout and stderr are pipes."""
+def run_farcli(*words: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Outcome:
+    """Run the installed program in a process of its own, no terminal; from its first import, where `env` is given."""
+    texts, whole = [str(word) for word in words], {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **(env or {})}
+    if FORKED is not None and env is None:
+        return Outcome(*FORKED.run(texts, cwd or Path.cwd(), whole))
     done = subprocess.run(
-        [PROGRAM, *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
+        [PROGRAM, *texts], cwd=cwd, env=whole, capture_output=True, text=True, timeout=240, check=False
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -96,9 +96,10 @@ def require_leaps(options: Leaping, contexts: Sequence[int], steps: int) -> None
     first = -(-earliest // spacing) * spacing
     last = last_leap(options, steps)
     if first > last:
-        window = f", which a window of {options.window} has to follow," if options.gate == "delayed" else ""
+        window = f", since a window of {options.window} has to follow" if options.gate == "delayed" else ""
         raise UsageError(
-            f"leap: no leap fits into {steps} steps: the first is at step {first}, the last{window} at {last}.",
+            f"leap: no leap fits into {steps} steps: the first could be at step {first}, but none after step "
+            f"{max(0, last)}{window}.",
             "Train longer, or lower --every, --window or --leap start=; --predictors none trains without leaps.",
         )
 
