@@ -128,9 +128,9 @@ def _not_finite(problem: Problem, passes: Passes) -> NonFiniteError:
 
 # ------------------------------------------------------------------ by gradient
 
-_STATES = 8
-"""Copies of a network that a fit holds: itself, its gradient and what backpropagation adds to it, Adam's two moments,
-the best state, the latest and the one before."""
+_STATES = 12
+"""Copies of a network that a fit takes: itself, its gradient, Adam's two moments, the best state, the latest, the one
+before, and five for what backpropagation adds up and the allocator keeps, as measured (`make bench-fit`)."""
 _NOISE = 0x5EED
 """Added to the seed of the random numbers that the validation loss is measured with, the same every epoch."""
 _INDEX = 24

@@ -6,7 +6,7 @@
 
 The trajectory is 6 runs of a language model's tensors (embedding, attention, feed-forward, norms) at 16 snapshots,
 which move along a decaying drift with noise. Every fit is a process of its own, under `--memory 512M`, with as many
-updates as show what it holds (`updates=30`), not as many as make it good.
+updates as show what it holds, not as many as make it good.
 
 - `over_torch`: peak RSS of the process over that of an interpreter that imports torch and does nothing. Bar: the
   budget, nothing more.
@@ -66,8 +66,8 @@ class Asked:
         return words + [word for option in self.options for word in ("--set", option)]
 
 
-FEW = ("updates=30",)
-JUDGED = (*FEW, "validation=0.2")
+FEW = ("updates=10",)
+JUDGED = ("updates=30", "validation=0.2")
 STREAMED = (
     Asked(method="mean", targets="150"),
     Asked(method="lfd2"),
@@ -308,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="4.4 GB")
     parser.add_argument("--store", type=Path, help="take this store, and make none")
-    parser.add_argument("--only", help="methods, by name, comma-separated; other rows stay")
+    parser.add_argument("--only", help="methods, with or without options, comma-separated; other rows stay")
     parser.add_argument("--folder", type=Path, help="where stores go, for as long as it takes")
     parser.add_argument("--results", type=Path, default=ROOT / "scripts/results", help="folder for the rows")
     parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
@@ -316,7 +316,7 @@ def main() -> None:
     if given.read:
         print(read(given.read))
         return
-    wanted = given.only.split(",") if given.only else None
+    wanted = set(given.only.split(",")) if given.only else None
     rows: list[dict[str, Any]] = []
 
     def keep(table: str, row: dict[str, Any]) -> None:
@@ -345,11 +345,11 @@ def main() -> None:
         }
         took = float(first.out)
         for asked in STREAMED:
-            if wanted is None or asked.method in wanted:
+            if wanted is None or {asked.method, asked.label} & wanted:
                 row, took = streamed(asked, store, folder / "fitted.safetensors", idle, took)
                 keep("streamed", row)
         for asked in (*LIMITED, BY_LOSS):
-            if wanted is None or asked.method in wanted:
+            if wanted is None or {asked.method, asked.label} & wanted:
                 with tempfile.TemporaryDirectory(dir=folder) as small:
                     large = with_loss(Path(small), 3_000_000) if asked is BY_LOSS else store
                     keep("limited", limited(asked, large, Path(small), idle))

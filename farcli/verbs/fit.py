@@ -16,6 +16,7 @@ from farcli.errors import FarcliError, NonFiniteError, ResourceError, UsageError
 from farcli.files import check_outcome
 from farcli.fitting import DivergedError, Saved, descend, require_room, solve
 from farcli.forecasters.base import (
+    Coupling,
     FittedForecaster,
     Forecaster,
     Known,
@@ -162,7 +163,8 @@ def fit(
                 share=0.5,
             )
         except ResourceError:
-            require_room(forecaster, problem)  # what a joint method can hold is less than what can be read
+            if forecaster.coupling is Coupling.JOINT:
+                require_room(forecaster, problem)  # what it can hold is less than what can be read
             raise
         try:
             if isinstance(forecaster, SolvedForecaster):

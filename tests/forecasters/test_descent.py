@@ -125,7 +125,7 @@ def test_validation_runs_are_never_trained_on(joint: bool) -> None:
 
 def test_larger_data_are_sampled_by_coordinate() -> None:
     data = numbered()
-    memory = 8 * 4 * 2 + 40 * 6 * (9 * 4 + 24)  # the network, and 40 coordinates
+    memory = 12 * 4 * 2 + 40 * 6 * (9 * 4 + 24)  # the network, and 40 coordinates
     batches, _ = witnessed(data, memory=memory, epochs=1, batch=50)
     seen = [pair for _, batch in batches for pair in batch]
     columns = {column for _, column in seen}
@@ -273,7 +273,7 @@ def test_joint_networks_name_the_largest_size(name: str, options: dict[str, Any]
 
     def held(size: int) -> int:
         network = forecaster.network(replace(problem, coordinates=size))
-        return 8 * 4 * sum(p.numel() for p in network.parameters())
+        return 12 * 4 * sum(p.numel() for p in network.parameters())
 
     assert held(largest) <= problem.memory < held(largest + 1)
 
