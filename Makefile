@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
-.PHONY: help install data demo gfm-table1 gfm-table2 gfm-figure2 gfm-figure3 far-d2 gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
+.PHONY: help install data demo gfm-table1 gfm-table2 gfm-figure2 gfm-figure3 far-d2 far-networks gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
 .PHONY: lfd-distilbert horizon leap-bench leap-warm leap-verify leap-moments bench-store bench-record bench-fit test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
@@ -107,6 +107,10 @@ leap-verify leap-moments: $(VENV)/dev data/.fetched  ## Leap+Verify: what it acc
 far-d2: $(VENV)/demo  ## Weigh far on linear regressions, 20 seeds and the noise-free test bed, into scripts/results
 	$(BIN)/python scripts/far_d2.py
 	$(BIN)/python scripts/far_d2.py --full-batch
+
+# Fashion-MNIST and the sentences as the README says; `make far-networks NETWORKS=digits-cnn` takes some of them.
+far-networks: $(VENV)/dev data/.fetched  ## What a verified forecast by far is worth on four real networks; an hour
+	$(BIN)/python scripts/far_networks.py $(NETWORKS)
 
 # ------------------------------------------------------------------ benchmarks
 

@@ -329,11 +329,11 @@ def horizon(arguments: argparse.Namespace) -> None:
 
 def distilbert(arguments: argparse.Namespace) -> None:
     """Fine-tunings of one pretrained network: the map is fitted on some and judged on another."""
-    runs, steps, every = (4, 150, 3) if arguments.full else (2, 24, 2)
-    options = {} if arguments.full else {"batch": "8", "length": "64", "sentences": "60"}
+    runs, steps, every = (4, 150, 3) if arguments.full else (2, 160, 10)
+    options = {} if arguments.full else {"batch": "8", "length": "64", "sentences": "120"}
     case = Case(name="distilbert", workload="distilbert", options=options, steps=steps, every=every, runs=runs,
                 start=4 * every, targets=[(4 + k) * every for k in ((1, 2, 4, 8, 16, 46) if arguments.full
-                                                                   else (1, 2, 4, 8))])  # fmt: skip
+                                                                   else (1, 2, 4, 8, 12))])  # fmt: skip
     store = recorded(case, arguments.runs, 0)
     targets, file = ",".join(map(str, case.targets)), arguments.runs / "distilbert.safetensors"
     fit("lfd2", [str(store)], file, context=CONTEXT, targets=targets, train_runs=f"0:{runs - 1}", memory=512_000_000,
