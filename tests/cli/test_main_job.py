@@ -20,11 +20,9 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.M | re.S)
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """The main job, run once."""
-    folder = tmp_path_factory.mktemp("job")
-    [commands] = [block for block in blocks("sh") if block.startswith("farcli record digits-cnn")]
+def run_block(start, folder):
+    """Run the README's commands that begin so, in a shell."""
+    [commands] = [block for block in blocks("sh") if block.startswith(start)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
@@ -36,6 +34,22 @@ def job(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     return folder, [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """The main job, run once."""
+    return run_block("farcli record digits-cnn -o runs/digits.zarr", tmp_path_factory.mktemp("job"))
+
+
+def test_a_verified_forecast_lowers_the_loss(tmp_path):
+    _, rows, _ = run_block("farcli record digits-cnn -o checked.zarr", tmp_path)
+    found = {(row["step"], row["method"]): row for row in rows[2:]}
+    for step in (120, 165, 225):
+        far, kept = found[step, "far"], found[step, "persistence"]
+        assert (far["kept"], far["not_worse"]) == (1, 1)
+        assert far["loss"] < 0.85 * kept["loss"]
+        assert far["net_steps"] > 15
 
 
 def test_every_command_prints_its_row(job):

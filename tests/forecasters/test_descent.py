@@ -149,7 +149,7 @@ def test_streaming_one_block_equals_holding_it(data: Data) -> None:
     forecaster = create("gfm", epochs=3, batch=2)
     assert isinstance(forecaster, TrainedForecaster)
     problem = data.problem()
-    network = sum(p.numel() for p in forecaster.network(problem).parameters()) * 4 * 6
+    network = sum(p.numel() for p in forecaster.network(problem).parameters()) * 4 * 12
     held = descend(forecaster, problem, data.passes())
     streamed = descend(forecaster, replace(problem, memory=network + 1000), data.passes())
     assert held.losses == streamed.losses
