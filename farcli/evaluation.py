@@ -160,19 +160,6 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Displacem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
-    """Loss on data that no measure reports on, by which a forecast is kept or refused.
-
-    Attributes:
-        of: (vector [D], integers [I], run) → mean loss of the same batches every time.
-        cost: the batches at w_n and at one forecast, in training steps.
-    """
-
-    of: Callable[[np.ndarray, np.ndarray, int], float]
-    cost: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
     """Held-out measures of a network at given weights.
 
@@ -182,14 +169,15 @@ class Measure:
         cost: of checking one forecast, in training steps: verifying it, where that is done, else one measurement;
             None where nobody knows it.
         network: what is measured; None where it is out of sight.
-        verification: by which forecasts are refused before they are measured; None where none are.
+        verification: (vector [D], integers [I], run) → loss on data that no measure reports on, by which forecasts are
+            refused before they are measured; None where none are.
     """
 
     of: Callable[[np.ndarray, np.ndarray, int], dict[str, float]]
     chance: dict[str, float] | None
     cost: float | None
     network: Network | None = None
-    verification: Verification | None = None
+    verification: Callable[[np.ndarray, np.ndarray, int], float] | None = None
 
 
 def measure_of_workload(truth: Trajectory, buffers: EvalBuffers, verify: int = 0) -> Measure | None:
@@ -223,22 +211,24 @@ def measure_of_workload(truth: Trajectory, buffers: EvalBuffers, verify: int = 0
     def of(vector: np.ndarray, integers: np.ndarray, run: int) -> dict[str, float]:
         return network.evaluate(vector, integers, seeds[run], reestimate_buffers=anew)
 
-    verification = _verification(network, seeds, verify, anew=anew) if verify else None
-    cost = verification.cost if verification is not None else workload.evaluation_cost()
-    if anew:
-        cost += workload.calibration_cost() * (2 if verify else 1)
-    return Measure(of=of, chance=workload.chance(), cost=cost, network=network, verification=verification)
-
-
-def _verification(network: Network, seeds: Mapping[int, int], count: int, *, anew: bool) -> Verification:
     @cache
     def batches(run: int) -> Sequence[Batch]:
-        return network.workload.verification(seeds[run], 0, count)
+        return workload.verification(seeds[run], 0, verify)
 
-    def of(vector: np.ndarray, integers: np.ndarray, run: int) -> float:
+    def verification(vector: np.ndarray, integers: np.ndarray, run: int) -> float:
         return network.verify(vector, integers, seeds[run], batches(run), reestimate_buffers=anew)
 
-    return Verification(of=of, cost=2 * len(batches(next(iter(seeds)))) / 3)  # a forward pass is a third of a step
+    # A forward pass is a third of a step; a verified forecast takes one at w_n too.
+    looks, cost = (2, len(batches(truth.runs[0])) / 3) if verify else (1, workload.evaluation_cost())
+    if anew:
+        cost += workload.calibration_cost()
+    return Measure(
+        of=of,
+        chance=workload.chance(),
+        cost=looks * cost,
+        network=network,
+        verification=verification if verify else None,
+    )
 
 
 def measure_of_function(truth: Trajectory, text: str) -> Measure:
@@ -335,13 +325,13 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
     verification = measure.verification
     kept: dict[int, float] = {}
     if verification is not None:
-        kept = {run: verification.of(recorded_vector(run, origin), truth.integers(run, origin), run) for run in runs}
+        kept = {run: verification(recorded_vector(run, origin), truth.integers(run, origin), run) for run in runs}
     for candidate in candidates:
         results: Results = {run: {} for run in runs}
         refused.append(set())
         for run, step, vector in candidate.vectors(setting):
             if verification is not None and not (
-                verification.of(vector, truth.integers(run, origin), run) < kept[run]  # NaN fails
+                verification(vector, truth.integers(run, origin), run) < kept[run]  # NaN fails
             ):
                 refused[-1].add((run, step))
                 results[run][step] = recorded[run][origin]

@@ -297,9 +297,7 @@ class Network:
             What `Workload.evaluate` returns; NaN or Inf where the weights lead there.
         """
         with threads(self.workload.threads):
-            self._load(vector, integers)
-            if reestimate_buffers:
-                reestimate(self.workload, self.model, seed)
+            self._load(vector, integers, seed if reestimate_buffers else None)
             return self.workload.evaluate(self.model, seed)
 
     def verify(
@@ -313,23 +311,23 @@ class Network:
     ) -> float:
         """Mean loss of some batches, in evaluation mode; the other arguments as in `evaluate`."""
         with threads(self.workload.threads):
-            self._load(vector, integers)
-            if reestimate_buffers:
-                reestimate(self.workload, self.model, seed)
+            self._load(vector, integers, seed if reestimate_buffers else None)
             with evaluating(self.model):
                 return sum(float(self.workload.loss(self.model, batch).sum()) for batch in batches) / len(batches)
 
     def reestimated(self, vector: np.ndarray | Tensor, integers: np.ndarray | Tensor | None, seed: int) -> np.ndarray:
         """The same vector, shape [D], with BatchNorm statistics that fit its weights."""
         with threads(self.workload.threads):
-            self._load(vector, integers)
-            reestimate(self.workload, self.model, seed)
+            self._load(vector, integers, seed)
             return weights.flatten(self.model, self.layout)[0].reshape(-1).numpy()
 
-    def _load(self, vector: np.ndarray | Tensor, integers: np.ndarray | Tensor | None) -> None:
+    def _load(self, vector: np.ndarray | Tensor, integers: np.ndarray | Tensor | None, calibrated: int | None) -> None:
+        """Take these weights; and BatchNorm statistics from training data of the run with that seed, where given."""
         if self.workload.lockstep:
             vector, integers = vector[None], None if integers is None else integers[None]
         weights.load(self.model, self.layout, vector, integers)
+        if calibrated is not None:
+            reestimate(self.workload, self.model, calibrated)
 
 
 def reestimate(workload: Workload, model: nn.Module, seed: int) -> None:

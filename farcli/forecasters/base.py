@@ -208,6 +208,10 @@ class Forecaster(ABC):
         """
 
 
+JUDGING = 3
+"""Batches of each run, its last ones, that no fit sees."""
+
+
 class TrainingLoss(ABC):
     """The loss of the training runs, at any weights: of training data, never of what forecasts are reported on.
 
@@ -228,6 +232,11 @@ class TrainingLoss(ABC):
     @abstractmethod
     def batches(self) -> int:
         """How many batches each run has."""
+
+    @property
+    def fitting(self) -> int:
+        """How many of them, the first ones, are to fit on; with a single one, it is to judge by too."""
+        return max(1, self.batches - JUDGING)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,8 +29,6 @@ from farcli.forecasters.leave_one_out import LEAST_RUNS
 from farcli.layout import Segment
 
 _FOLDS = 4
-_JUDGING = 3
-"""Batches of each run, its last ones, that no fit sees."""
 _SHRUNK = (1.0, 0.7, 0.4)
 """A leap is shortened to one of these, as runs left out advise."""
 _SAFE = 0.95
@@ -228,15 +226,14 @@ class LossLfd(SolvedForecaster):
         lr = config.lr * max(1.0, float(theta_SJ.detach().abs().max()))
         optimizer = torch.optim.Adam([theta_SJ], lr=lr)
         generator = torch.Generator().manual_seed(config.seed)
-        train = max(1, loss.batches - _JUDGING)
         best = theta_SJ.detach().clone()
         for update in range(config.updates):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * update / config.updates)) / 2
             optimizer.zero_grad()
             total = torch.zeros(())
-            for place in torch.randint(len(runs) * train, (config.batch,), generator=generator).tolist():
-                run = runs[place // train]
-                lost = loss.at(_leapt(rows_RCD[run], segments, theta_SJ), run, place % train) / config.batch
+            for place in torch.randint(len(runs) * loss.fitting, (config.batch,), generator=generator).tolist():
+                run = runs[place // loss.fitting]
+                lost = loss.at(_leapt(rows_RCD[run], segments, theta_SJ), run, place % loss.fitting) / config.batch
                 lost.backward()  # one by one: only one run's passes are held
                 total += lost.detach()
             if not bool(total.isfinite()):
@@ -249,10 +246,11 @@ class LossLfd(SolvedForecaster):
     def _begun(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
         """Where the descent begins: along one displacement, doubled for as long as that lowers the loss, or at 0."""
         loss, segments = require_fitted("loss-lfd", self._loss), problem.layout.segments(0, problem.coordinates)
-        train = max(1, loss.batches - _JUDGING)
 
         def lost(theta_SJ: Tensor) -> float:
-            return sum(float(loss.at(_leapt(rows_RCD[run], segments, theta_SJ), run, run % train)) for run in runs)
+            return sum(
+                float(loss.at(_leapt(rows_RCD[run], segments, theta_SJ), run, run % loss.fitting)) for run in runs
+            )
 
         begun_SJ = torch.zeros(len(problem.layout.floats), 3)
         least = kept = lost(begun_SJ)
@@ -269,7 +267,7 @@ class LossLfd(SolvedForecaster):
     def loss_at(self, weights_D: Tensor, run: int) -> float:
         """A training run's loss at these weights, on its batches that no fit sees."""
         loss = require_fitted("loss-lfd", self._loss)
-        judging = range(max(loss.batches - _JUDGING, min(1, loss.batches - 1)), loss.batches)
+        judging = range(min(loss.fitting, loss.batches - 1), loss.batches)
         return sum(float(loss.at(weights_D, run, batch)) for batch in judging) / len(judging)
 
     def notes(self) -> dict[str, str | float | list[float]]:

@@ -237,8 +237,9 @@ class Leaper:
         Raises:
             UsageError: one cannot.
         """
+        seen = self._seen()
         for arm in self._arms:
-            arm.predictor.require(self._seen(), every=self.options.every, ahead=self._ahead)
+            arm.predictor.require(seen, every=self.options.every, ahead=self._ahead)
         self._able = True
 
     @property

@@ -8,15 +8,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from farcli.errors import FarcliError, UsageError
-from farcli.forecasters.base import TrainingLoss
+from farcli.forecasters.base import JUDGING, TrainingLoss
 from farcli.stream import Source
 from farcli.training import Network, threads, workload_of
 from farcli.workloads.base import Batch, Workload
 
 _BATCHES = 9
-"""Batches of each run: the first ones it was trained on."""
-_JUDGING = 3
-"""The last of them are held back from training, where the workload holds any back: training loss falls for ever."""
+"""Batches of each run: the first ones it was trained on. Those to judge by are held back from training instead, where
+the workload holds any back: training loss falls for ever."""
 
 
 class _Loss(nn.Module):
@@ -81,7 +80,7 @@ class WorkloadLoss(TrainingLoss):
         batches = self._workload.batches([seed])
         found = [next(batches) for _ in range(_BATCHES)]
         try:
-            held_back = self._workload.verification(seed, 0, _JUDGING)
+            held_back = self._workload.verification(seed, 0, JUDGING)
         except UsageError:
             return found
         return found[: _BATCHES - len(held_back)] + list(held_back)

@@ -13,6 +13,7 @@ from typing import final
 from torch import nn
 
 from farcli.workloads.images import ImageOptions, ImageWorkload
+from farcli.workloads.mlp import hidden_sizes
 from farcli.workloads.optimisation import RULE_HELP, Rule, decay_help, dtype_of, rate_help
 from farcli.workloads.randomness import seeded
 
@@ -35,8 +36,7 @@ class ImageMlpConfig(ImageOptions):
 
     def __post_init__(self) -> None:
         ImageOptions.__post_init__(self)
-        if not all(size.strip().isdecimal() and int(size) for size in self.hidden.split(",")):
-            raise ValueError(f"hidden={self.hidden!r}, expected sizes of at least 1 like 24,16.")
+        hidden_sizes(self.hidden, "24,16")
 
 
 @final
@@ -61,7 +61,7 @@ class ImageMlp(ImageWorkload):
     def model(self, seeds: Sequence[int]) -> nn.Module:
         """Torch's own initialisation, drawn from the seed."""
         (seed,) = seeds
-        sizes = [prod(self.shape), *(int(size) for size in self._config.hidden.split(","))]
+        sizes = [prod(self.shape), *hidden_sizes(self._config.hidden, "24,16")]
         with seeded(seed):
             layers = [layer for inputs, outputs in pairwise(sizes) for layer in (nn.Linear(inputs, outputs), nn.ReLU())]
             return nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], 10)).to(dtype_of(self._config))

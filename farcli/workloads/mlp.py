@@ -31,6 +31,18 @@ _WEIGHT_DECAY = {"adamw": 0.01, "rmsprop": 0.01}
 _ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "elu": nn.functional.elu}
 
 
+def hidden_sizes(text: str, like: str) -> list[int]:
+    """The sizes that an option `hidden` holds, separated by commas.
+
+    Raises:
+        ValueError: they are none; says what was expected, `like` as the example.
+    """
+    sizes = text.split(",")
+    if not all(size.strip().isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"hidden={text!r}, expected sizes of at least 1 like {like}.")
+    return [int(size) for size in sizes]
+
+
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MlpConfig(TrainingOptions):
@@ -70,15 +82,14 @@ class MlpConfig(TrainingOptions):
             raise ValueError(f"points={self.points}, batch={self.batch}, expected at least 1.")
         if not (isfinite(self.noise) and self.noise >= 0):
             raise ValueError(f"noise={self.noise}, expected a standard deviation of at least 0.")
-        if not all(size.strip().isdecimal() and int(size) for size in self.hidden.split(",")):
-            raise ValueError(f"hidden={self.hidden!r}, expected sizes of at least 1 like 2,2,1.")
+        hidden_sizes(self.hidden, "2,2,1")
         if self.pad is not None and self.pad < self.parameters:
             raise ValueError(f"pad={self.pad}, but hidden={self.hidden} has {self.parameters} parameters.")
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the tensors, in order: weight [O, I] and bias [O] of each layer."""
-        sizes = [1, *(int(size) for size in self.hidden.split(",")), 1]
+        sizes = [1, *hidden_sizes(self.hidden, "2,2,1"), 1]
         shapes: dict[str, tuple[int, ...]] = {}
         for index, (inputs, outputs) in enumerate(pairwise(sizes)):
             shapes |= {f"{index}.weight": (outputs, inputs), f"{index}.bias": (outputs,)}
