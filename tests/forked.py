@@ -4,6 +4,7 @@ Importing torch, what its optimisers need, and zarr takes seconds, and hundreds 
 process of its own here too, from the import of farcli's own modules to its exit code; only what is beneath is there.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -44,6 +45,7 @@ class Forked:
             self._process = subprocess.Popen(
                 command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
             )
+            atexit.register(self._process.communicate)
         process = self._process
         assert process.stdin is not None
         assert process.stdout is not None
