@@ -137,7 +137,7 @@ def test_regimes_come_from_the_last_layers_inputs(rows, loss_of):
     images = workload._held_out[0][:100]
     pooled, found = {}, {}
     for step in truth.steps:
-        network._load(truth.read([0], [step])[0, 0], truth.integers(0, step))
+        network._load(truth.read([0], [step])[0, 0], truth.integers(0, step), calibrated=None)
         network.model.eval()
         with torch.no_grad():
             pooled[step] = network.model[:-1](images).numpy().astype(np.float64)
