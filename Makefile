@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= $(THREADS)
 
 .DELETE_ON_ERROR:
 .PHONY: help install data demo gfm-table1 gfm-table2 gfm-figure2 gfm-figure3 far-d2 far-networks gfm-table3 gfm-table4 gfm-sensitivity lfd-syn1 lfd-ablation lfd-cnn lfd-break
-.PHONY: lfd-distilbert horizon leap-bench leap-warm leap-verify leap-moments bench-store bench-record bench-fit test test-slow format lint types imports check constraints clean
+.PHONY: lfd-distilbert horizon leap-bench leap-warm leap-verify leap-moments bench-store bench-record bench-fit bench-ensembles test test-slow format lint types imports check constraints clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z][a-z0-9 -]*:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -125,6 +125,9 @@ bench-record: $(VENV)/dev data/.fetched  ## Time a training with and without rec
 # `make bench-fit FULL=--full` takes a trajectory of 4.4 GB.
 bench-fit: $(VENV)/dev  ## What every method holds of a large trajectory under --memory 512M, into scripts/results
 	$(BIN)/python scripts/bench_fit.py $(FULL)
+
+bench-ensembles: $(VENV)/dev  ## Whether networks of several seeds are fitted faster in one go, into scripts/results
+	$(BIN)/python scripts/bench_ensembles.py
 
 # ----------------------------------------------------------------------- tests
 

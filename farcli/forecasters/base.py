@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from torch import Generator, Tensor, device, float64, nn
+from torch import Tensor, device, float64, nn
 
 from farcli.errors import StoreError, UsageError
 from farcli.forecasters.update_rules import UpdateRule
@@ -386,11 +386,14 @@ class Descent:
         default=0, metadata={"help": "epochs without a better validation loss after which the fit ends; 0 for never"}
     )
     seed: int = field(default=0, metadata={"help": "of everything random in the fit"})
+    ensemble: int = field(
+        default=1, metadata={"help": "networks, with the seeds seed, seed + 1, …; the forecast is the mean of theirs"}
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr = {self.lr}, expected a finite number above 0.")
-        for name, least in (("batch", 1), ("epochs", 1), ("updates", 0), ("patience", 0), ("seed", 0)):
+        for name, least in (("batch", 1), ("epochs", 1), ("updates", 0), ("patience", 0), ("seed", 0), ("ensemble", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}, expected {least} or more.")
         if not 0 <= self.validation < 1:
@@ -401,22 +404,33 @@ class Descent:
 
 @dataclass(frozen=True, slots=True)
 class Trained(Generic[NetworkT]):
-    """A network, and what it was fitted for."""
+    """Networks, one or an ensemble, and what they were fitted for."""
 
     problem: Problem
-    network: NetworkT
+    networks: tuple[NetworkT, ...]
+
+    @property
+    def network(self) -> NetworkT:
+        """The only network; of an ensemble, the first."""
+        return self.networks[0]
 
 
 class TrainedForecaster(FittedForecaster):
     """A forecaster fitted by gradient: a network, and a loss on mini-batches.
 
     Networks are float32, and what inputs are scaled by are buffers of theirs, so that a network's
-    `state_dict` is all that was learned. The engine builds the `network`, hands it to `with_network`,
-    calls `measure` once, then descends on `loss`.
+    `state_dict` is all that was learned. The engine builds the `network`, hands it to `with_networks`,
+    calls `measure` once, then descends on `loss`. Of an ensemble, each network is first a forecaster by itself;
+    `measure`, `loss` and `forecast_alone` are only ever asked of those.
     """
 
     name: ClassVar[str]
     """What messages call it."""
+    draws: ClassVar[bool] = False
+    """Whether its loss takes random numbers."""
+    vectorised_batch: ClassVar[int] = 0
+    """Examples a mini-batch up to which an ensemble is fitted faster by `torch.func.vmap` than one network after the
+    other: measured (`make bench-ensembles`)."""
 
     @abstractmethod
     def __init__(self, config: Any, trained: Any = None) -> None: ...
@@ -439,15 +453,19 @@ class TrainedForecaster(FittedForecaster):
             UsageError: the problem does not fit the options.
         """
 
-    def with_network(self, problem: Problem, network: nn.Module) -> Self:
-        """The forecaster of the same options that forecasts with this network."""
-        return type(self)(self.config, Trained(problem, network))
+    def with_networks(self, problem: Problem, networks: Sequence[nn.Module]) -> Self:
+        """The forecaster of the same options that forecasts with these networks."""
+        return type(self)(self.config, Trained(problem, tuple(networks)))
+
+    def vectorised(self, problem: Problem) -> bool:
+        """Whether an ensemble is to be fitted in one go."""
+        return self.config.batch <= self.vectorised_batch
 
     def measure(self, examples: Iterable[tuple[Prefix, Tensor]]) -> None:
         """Set what inputs are scaled by, from training examples as `loss` gets them."""
 
     @abstractmethod
-    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
+    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, random_B: Tensor | None) -> Tensor:
         """Loss of one mini-batch, a scalar.
 
         Args:
@@ -455,26 +473,48 @@ class TrainedForecaster(FittedForecaster):
                 coordinate) pairs, as so many runs of a single coordinate, of which `start` says nothing.
             steps_H: the problem's target steps.
             truth_BHD: the weights at those steps.
-            generator: of random numbers, on the CPU.
+            random_B: from [0, 1), on the CPU; None unless it `draws`.
         """
 
+    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+        """The mean of what the networks say: [B, H, D]."""
+        trained = require_fitted(self.name, self.trained)
+        if len(trained.networks) == 1:
+            return self.forecast_alone(prefix, steps_H)
+        first, *others = (self.with_networks(trained.problem, [network]) for network in trained.networks)
+        forecast_BHD = first.forecast_alone(prefix, steps_H)
+        for count, other in enumerate(others, 2):
+            forecast_BHD.lerp_(other.forecast_alone(prefix, steps_H), 1 / count)
+        return forecast_BHD
+
+    @abstractmethod
+    def forecast_alone(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+        """What the only network says, as `forecast` has it."""
+
     def tensors(self) -> dict[str, Tensor]:
-        """The network's parameters and buffers."""
-        network = require_fitted(self.name, self.trained).network
-        return {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+        """The network's parameters and buffers; of an ensemble, those of all, behind their number and a point."""
+        networks = require_fitted(self.name, self.trained).networks
+        return {
+            lead + key: value.detach().cpu().contiguous()
+            for lead, network in zip(_leads(len(networks)), networks, strict=True)
+            for key, value in network.state_dict().items()
+        }
 
     @classmethod
     def restore(cls, config: Any, problem: Problem, tensors: Mapping[str, Tensor]) -> Self:
         """The forecaster that `tensors` came from."""
         forecaster = cls(config)
-        with device("meta"):  # no memory, no random numbers
-            network = forecaster.network(problem)
-        values = {
-            key: stored(cls.name, tensors, key, tuple(value.shape)).to(value.dtype)
-            for key, value in network.state_dict().items()
-        }
-        network.load_state_dict(values, assign=True)
-        return forecaster.with_network(problem, network.requires_grad_(False).eval())
+        networks: list[nn.Module] = []
+        for lead in _leads(forecaster.config.ensemble):
+            with device("meta"):  # no memory, no random numbers
+                network = forecaster.network(problem)
+            values = {
+                key: stored(cls.name, tensors, lead + key, tuple(value.shape)).to(value.dtype)
+                for key, value in network.state_dict().items()
+            }
+            network.load_state_dict(values, assign=True)
+            networks.append(network.requires_grad_(False).eval())
+        return forecaster.with_networks(problem, networks)
 
     def seen(self, prefix: Prefix) -> Prefix:
         """The prefix with nothing but the snapshots that `observed` names.
@@ -515,6 +555,11 @@ class TrainedForecaster(FittedForecaster):
                     "Fit again with that step in --to.",
                 )
         return [targets.index(step) for step in steps_H]
+
+
+def _leads(count: int) -> list[str]:
+    """What the names of each network's tensors begin with."""
+    return [f"{number}." for number in range(count)] if count > 1 else [""]
 
 
 def _listed(steps: Sequence[int]) -> str:

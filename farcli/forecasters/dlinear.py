@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from farcli.forecasters.base import (
     Coupling,
@@ -75,6 +75,7 @@ class DLinear(TrainedForecaster):
 
     name = "dlinear"
     reference = "DLinear (arXiv 2205.13504) with RevIN, a baseline of GFM (arXiv 2505.20221, Table 5)"
+    vectorised_batch = 1024
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(Descent):
@@ -139,13 +140,13 @@ class DLinear(TrainedForecaster):
         """The error of persistence."""
         require_fitted(self.name, self._trained).network.scaling.measure(examples)
 
-    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
+    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, random_B: Tensor | None) -> Tensor:
         """Mean squared error over persistence's."""
         network = require_fitted(self.name, self._trained).network
         moved_BHD = (truth_BHD - prefix.weights_BCD[:, -1:]).float()
         return (network(prefix.weights_BCD) - moved_BHD).square().mean() / network.scaling.unit
 
-    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+    def forecast_alone(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """The network's output: [B, H, D]."""
         rows_H, trained = self.rows(prefix, steps_H), require_fitted(self.name, self._trained)
         channels = trained.problem.coordinates if self._config.channels == "joint" else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, final
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from farcli.forecasters.base import Coupling, Descent, Prefix, Problem, Trained, TrainedForecaster, require_fitted
@@ -60,6 +60,8 @@ class Gfm(TrainedForecaster):
 
     name = "gfm"
     reference = "Gradient Flow Matching (arXiv 2505.20221), as printed or with its units and path corrected"
+    vectorised_batch = 256
+    draws = True
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(Descent):
@@ -136,13 +138,20 @@ class Gfm(TrainedForecaster):
             problem.coordinates if self._config.channels == "joint" else 1, self._config.hidden, self._config.layers
         )
 
-    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
+    def vectorised(self, problem: Problem) -> bool:
+        """Also where autograd keeps what led to a mini-batch's forecasts: `vmap` recomputes nothing."""
+        size = problem.coordinates if self._config.channels == "joint" else 1
+        kept = self._config.batch * size * len(problem.steps_H) <= _KEPT
+        return kept and super().vectorised(problem)
+
+    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, random_B: Tensor | None) -> Tensor:
         """L_CFM + ζ·L_consistency at one random time for each run."""
         config, velocity = self._config, require_fitted(self.name, self._trained).network
         weights_BCD, truth_BHD = prefix.weights_BCD.float(), truth_BHD.float()
         knots_BND = torch.cat([weights_BCD, truth_BHD[:, -1:]], dim=1)
         times_N = _times((*prefix.steps_C, steps_H[-1]), prefix.steps_C[0], steps_H[-1]).to(knots_BND.device)
-        time_B = torch.rand(len(knots_BND), generator=generator).to(knots_BND.device)
+        assert random_B is not None
+        time_B = random_B.to(knots_BND.device)
         point_BD, target_BD, early_B = conditional_flow(
             knots_BND, times_N, time_B, corrected=config.units == "corrected", from_first=config.path == "w_0"
         )
@@ -168,7 +177,7 @@ class Gfm(TrainedForecaster):
         ]
         return last_BD[:, None] + torch.stack(moved_HBD, dim=1)
 
-    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+    def forecast_alone(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """Follow the flow from w_n to each target: [B, H, D]; coordinates that were not fitted keep w_n."""
         self.rows(prefix, steps_H)
         config, spans = self._config, self._spans(prefix, steps_H)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from farcli.forecasters.base import (
     Coupling,
@@ -58,6 +58,7 @@ class Introspection(TrainedForecaster):
 
     name = "introspection"
     reference = "Introspection (ICLR 2017), for comparison only: patent US 10,755,199"
+    vectorised_batch = 256
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(Descent):
@@ -116,13 +117,13 @@ class Introspection(TrainedForecaster):
         """Mean and standard deviation of all weights."""
         require_fitted(self.name, self._trained).network.scaling.measure(examples)
 
-    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
+    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, random_B: Tensor | None) -> Tensor:
         """Mean absolute error."""
         network = require_fitted(self.name, self._trained).network
         moved_BHD = (truth_BHD - prefix.weights_BCD[:, -1:]).float()
         return (network(prefix.weights_BCD) - moved_BHD).abs().mean() / network.scaling.unit.sqrt()
 
-    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+    def forecast_alone(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """The network's output: [B, H, D]."""
         rows_H = self.rows(self.seen(prefix), steps_H)
         return forecast_channels(self.seen(prefix), rows_H, require_fitted(self.name, self._trained).network, None)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from farcli.forecasters.base import Coupling, Descent, Prefix, Problem, Trained, TrainedForecaster, require_fitted
 from farcli.forecasters.scaling import Scaling, forecast_channels
@@ -54,6 +54,7 @@ class Transformer(TrainedForecaster):
 
     name = "transformer"
     reference = "Transformer baseline of Gradient Flow Matching (arXiv 2505.20221, Table 5)"
+    vectorised_batch = 64
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(Descent):
@@ -124,13 +125,13 @@ class Transformer(TrainedForecaster):
         """Means and standard deviations."""
         require_fitted(self.name, self._trained).network.scaling.measure(examples)
 
-    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
+    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, random_B: Tensor | None) -> Tensor:
         """Mean squared error over persistence's."""
         network = require_fitted(self.name, self._trained).network
         moved_BHD = (truth_BHD - prefix.weights_BCD[:, -1:]).float()
         return (network(prefix.weights_BCD) - moved_BHD).square().mean() / network.scaling.unit
 
-    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+    def forecast_alone(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """The network's output: [B, H, D]."""
         rows_H, trained = self.rows(prefix, steps_H), require_fitted(self.name, self._trained)
         channels = trained.problem.coordinates if self._config.channels == "joint" else None

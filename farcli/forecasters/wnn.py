@@ -10,7 +10,7 @@ from math import sqrt
 from typing import final
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from farcli.forecasters.base import (
     Coupling,
@@ -118,6 +118,7 @@ class Wnn(TrainedForecaster):
 
     name = "wnn"
     reference = "Weight Nowcaster Network (ICML 2023)"
+    vectorised_batch = 256
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config(Descent):
@@ -167,14 +168,14 @@ class Wnn(TrainedForecaster):
         """A fresh network."""
         return TwoStreams(len(problem.steps_H))
 
-    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
+    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, random_B: Tensor | None) -> Tensor:
         """Mean absolute error in scaled units, and the penalties."""
         network = require_fitted(self.name, self._trained).network
         scaled_NC, unit_N = scaled(prefix.weights_BCD)
         wanted_NH = (truth_BHD - prefix.weights_BCD[:, -1:])[..., 0].float() / unit_N[:, None]
         return (network.deltas(scaled_NC) - wanted_NH).abs().mean() + self._config.penalty * network.penalty()
 
-    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+    def forecast_alone(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """The network's output: [B, H, D]."""
         rows_H = self.rows(self.seen(prefix), steps_H)
         return forecast_channels(self.seen(prefix), rows_H, require_fitted(self.name, self._trained).network, None)

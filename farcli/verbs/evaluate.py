@@ -23,7 +23,7 @@ from farcli.evaluation import (
     measure_of_function,
     measure_of_workload,
 )
-from farcli.fitting import solve
+from farcli.fitting.solving import solve
 from farcli.forecasters.base import Coupling, Problem
 from farcli.forecasters.mean import Mean
 from farcli.forecasting import (

@@ -14,7 +14,9 @@ from torch import Tensor
 from farcli.artefact import Artefact, build, load, save
 from farcli.errors import FarcliError, NonFiniteError, ResourceError, UsageError
 from farcli.files import check_outcome
-from farcli.fitting import DivergedError, Saved, descend, require_room, solve
+from farcli.fitting.descent import DivergedError, Saved, descend
+from farcli.fitting.networks import require_room
+from farcli.fitting.solving import solve
 from farcli.forecasters.base import (
     Coupling,
     FittedForecaster,

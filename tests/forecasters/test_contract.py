@@ -9,7 +9,7 @@ import torch
 
 from farcli.config import options_of
 from farcli.errors import ResourceError, StoreError, UsageError
-from farcli.fitting import descend
+from farcli.fitting.descent import descend
 from farcli.forecasters.base import FittedForecaster, Forecaster, SolvedForecaster, TrainedForecaster
 from farcli.forecasters.table import FORECASTERS
 from tests.forecasters.trajectories import KNOWN, LAYOUT, REQUIRED, Data, create, drifting, fitted, is_joint

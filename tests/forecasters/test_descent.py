@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from farcli.errors import NonFiniteError, ResourceError, StoreError, UsageError
-from farcli.fitting import DivergedError, Fitted, Saved, descend
+from farcli.fitting.descent import DivergedError, Fitted, Saved, descend
+from farcli.fitting.networks import Alone, Together
 from farcli.forecasters.base import Coupling, Descent, Prefix, Problem, Trained, TrainedForecaster
 from farcli.forecasters.table import FORECASTERS
 from farcli.registry import resolve
@@ -58,13 +59,12 @@ class Witness(TrainedForecaster):
     def network(self, problem: Problem) -> nn.Linear:
         return nn.Linear(1, 1)
 
-    def with_network(self, problem: Problem, network: nn.Module) -> "Witness":
-        assert isinstance(network, nn.Linear)
-        fitted = Witness(self._config, Trained(problem, network))
+    def with_networks(self, problem: Problem, networks: Sequence[nn.Module]) -> "Witness":
+        fitted = Witness(self._config, Trained(problem, tuple(n for n in networks if isinstance(n, nn.Linear))))
         fitted.batches = self.batches
         return fitted
 
-    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, generator: Generator) -> Tensor:
+    def loss(self, prefix: Prefix, steps_H: Sequence[int], truth_BHD: Tensor, random_B: Tensor | None) -> Tensor:
         assert self._trained is not None
         network = self._trained.network
         # `numbered` data: each weight says which run and coordinate it is.
@@ -74,7 +74,7 @@ class Witness(TrainedForecaster):
         self.batches.append((network.training, seen))
         return (network.bias - 1).square().sum()
 
-    def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
+    def forecast_alone(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         raise NotImplementedError
 
 
@@ -102,7 +102,7 @@ PAIRS = {(run, column) for run in range(6) for column in range(PARAMETERS)}
 def test_every_example_once_an_epoch_in_random_order(joint: bool) -> None:
     batches, fitted = witnessed(numbered(), joint=joint, batch=4 if joint else 100, epochs=2)
     size = 2 if joint else 8  # mini-batches of 6 runs, of 6·124 pairs
-    assert fitted.updates == len(batches) == 2 * size
+    assert fitted.courses[0].updates == len(batches) == 2 * size
     epochs = [[pair for _, seen in batches[i * size : (i + 1) * size] for pair in seen] for i in range(2)]
     for epoch in epochs:
         assert sorted(epoch) == sorted(PAIRS)
@@ -119,7 +119,7 @@ def test_validation_runs_are_never_trained_on(joint: bool) -> None:
     assert len(held_out) == 2
     assert trained | held_out == set(range(6))
     assert not trained & held_out
-    assert len(judged) == len(fitted.validation) == 3
+    assert len(judged) == len(fitted.courses[0].validation) == 3
     assert all(sorted(seen) == sorted(judged[0]) for seen in judged)
 
 
@@ -142,7 +142,7 @@ def test_larger_vectors_are_streamed() -> None:
     assert len(held_out) == 1
     for epoch in (training[: len(training) // 2], training[len(training) // 2 :]):
         assert sorted(run for batch in epoch for run in batch) == sorted(set(range(6)) - held_out)
-    assert fitted.updates == len(training)
+    assert fitted.courses[0].updates == len(training)
 
 
 def test_streaming_one_block_equals_holding_it(data: Data) -> None:
@@ -152,7 +152,7 @@ def test_streaming_one_block_equals_holding_it(data: Data) -> None:
     network = sum(p.numel() for p in forecaster.network(problem).parameters()) * 4 * 12
     held = descend(forecaster, problem, data.passes())
     streamed = descend(forecaster, replace(problem, memory=network + 1000), data.passes())
-    assert held.losses == streamed.losses
+    assert held.courses[0].losses == streamed.courses[0].losses
     for key, value in held.forecaster.tensors().items():
         assert torch.equal(value, streamed.forecaster.tensors()[key])
 
@@ -183,26 +183,26 @@ def overfitting(**options: Any) -> Fitted[Any]:
 
 def test_the_best_epoch_is_kept() -> None:
     fitted = overfitting(epochs=30)
-    best = min(range(30), key=lambda epoch: fitted.validation[epoch])
-    assert fitted.epoch == best + 1 < 30
-    assert fitted.losses[-1] < fitted.losses[best]  # it went on to fit the training runs
+    best = min(range(30), key=lambda epoch: fitted.courses[0].validation[epoch])
+    assert fitted.courses[0].epoch == best + 1 < 30
+    assert fitted.courses[0].losses[-1] < fitted.courses[0].losses[best]  # it went on to fit the training runs
     # The state is the one of a fit that ends there.
     short = overfitting(epochs=best + 1)
-    assert short.validation == fitted.validation[: best + 1]
+    assert short.courses[0].validation == fitted.courses[0].validation[: best + 1]
     for key, value in short.forecaster.tensors().items():
         assert torch.equal(value, fitted.forecaster.tensors()[key])
 
 
 def test_patience_ends_the_fit() -> None:
     long, fitted = overfitting(epochs=30), overfitting(epochs=30, patience=4)
-    assert len(fitted.losses) == fitted.epoch + 4 < 30
-    assert fitted.validation == long.validation[: len(fitted.validation)]
+    assert len(fitted.courses[0].losses) == fitted.courses[0].epoch + 4 < 30
+    assert fitted.courses[0].validation == long.courses[0].validation[: len(fitted.courses[0].validation)]
 
 
 def test_updates_end_the_fit() -> None:
     batches, fitted = witnessed(numbered(), batch=100, epochs=5, updates=11)
-    assert fitted.updates == len(batches) == 11
-    assert len(fitted.losses) == 2
+    assert fitted.courses[0].updates == len(batches) == 11
+    assert len(fitted.courses[0].losses) == 2
 
 
 def test_progress_names_updates_and_losses() -> None:
@@ -213,8 +213,8 @@ def test_progress_names_updates_and_losses() -> None:
     fitted = descend(
         forecaster, data.problem(), data.passes(), report=lambda done, total, text: lines.append((done, total, text))
     )
-    text = f"epoch 2, loss {fitted.losses[1]:.4g}, validation {fitted.validation[1]:.4g}"
-    assert lines[-1] == (fitted.updates, fitted.updates, text)
+    text = f"epoch 2, loss {fitted.courses[0].losses[1]:.4g}, validation {fitted.courses[0].validation[1]:.4g}"
+    assert lines[-1] == (fitted.courses[0].updates, fitted.courses[0].updates, text)
     assert len(lines) == 2
 
 
@@ -319,7 +319,11 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         report=lambda done, total, text: seen.append(text),
     )
     assert seen[0].startswith("epoch 5,")  # stopped before the fifth was saved
-    assert (again.losses, again.validation, again.epoch) == (whole.losses, whole.validation, whole.epoch)
+    assert (again.courses[0].losses, again.courses[0].validation, again.courses[0].epoch) == (
+        whole.courses[0].losses,
+        whole.courses[0].validation,
+        whole.courses[0].epoch,
+    )
     for name, tensor in whole.forecaster.tensors().items():
         assert torch.equal(again.forecaster.tensors()[name], tensor)
     with pytest.raises(UsageError, match="holds another fit than the one asked for"):
@@ -327,3 +331,163 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(StoreError, match="is no state of a fit"):
         descend(forecaster, data.problem(), data.passes(), saved=Saved(path, "this fit", resume=True))
+
+
+# ------------------------------------------------------------------- ensembles
+
+VECTORISED = [name for name in NETWORKS if name != "lstm"]
+"""`vmap` has no rule for an LSTM."""
+
+
+def begun(name: str, seeds: Sequence[int], data: Data, **options: Any) -> list[TrainedForecaster]:
+    """Untrained networks of some seeds, each a forecaster."""
+    forecaster = create(name, **options)
+    assert isinstance(forecaster, TrainedForecaster)
+    _, problem = data.observed(forecaster)
+    members = []
+    for seed in seeds:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            members.append(forecaster.with_networks(problem, [forecaster.network(problem)]))
+        members[-1].measure([examples_of(name, data, 10 * seed)])
+    return members
+
+
+def examples_of(name: str, data: Data, column: int) -> tuple[Prefix, Tensor]:
+    """Whole vectors for a joint method, one coordinate for others."""
+    forecaster = create(name)
+    assert isinstance(forecaster, TrainedForecaster)
+    observed, _ = data.observed(forecaster)
+    joint = forecaster.coupling is Coupling.JOINT
+    columns = slice(0, PARAMETERS) if joint else slice(column, column + 1)
+    prefix = observed.prefix()
+    truth_BHD = observed.weights_BTD[:, len(observed.steps_C) :, columns]
+    return replace(prefix, weights_BCD=prefix.weights_BCD[..., columns]), truth_BHD
+
+
+@pytest.mark.parametrize("name", VECTORISED)
+def test_networks_in_one_go_have_each_its_own_loss_and_gradient(name: str, data: Data) -> None:
+    alone, members = begun(name, (3, 4, 5), data), begun(name, (3, 4, 5), data)
+    together = Together(members)
+    steps_H = data.steps_H
+    batches = [examples_of(name, data, column) for column in (30, 60, 90)]
+    draws = [torch.rand(data.runs, generator=torch.Generator().manual_seed(place)) for place in range(3)]
+    losses_M = together.losses(batches, draws, steps_H)
+    losses_M.sum().backward()
+    stacked = dict(zip(dict(together.networks[0].named_parameters()), together.parameters, strict=True))
+    assert len(set(losses_M.tolist())) == 3
+    for place, member in enumerate(alone):
+        single = Alone(member)
+        [loss] = single.losses([batches[place]], [draws[place]], steps_H)
+        loss.backward()
+        torch.testing.assert_close(losses_M[place], loss)
+        for key, parameter in single.networks[0].named_parameters():
+            gradient = stacked[key].grad
+            assert gradient is not None
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(gradient[place], own, rtol=1e-4, atol=1e-5 * float(own.abs().max()))
+
+
+def test_networks_in_one_go_follow_every_update_and_part_at_the_end(data: Data) -> None:
+    together = Together(begun("gfm", (0, 1), data))
+    before = together.states()
+    with torch.no_grad():
+        for parameter in together.parameters:
+            parameter[1] += 1.0
+    for place, network in enumerate(together.networks):
+        for key, value in network.state_dict().items():
+            torch.testing.assert_close(value, before[place][key] + place)
+    together.load(before)
+    assert all(bool((p[1] == before[1][key]).all()) for key, p in zip(before[1], together.parameters, strict=True))
+    together.settle()
+    starts = {value.untyped_storage().data_ptr() for n in together.networks for value in n.state_dict().values()}
+    assert len(starts) == 2 * len(before[0])
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_ensemble_is_the_mean_of_its_seeds(
+    name: str, together: bool, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself each seed gives the same network: its split, its order, its end."""
+    if together and name not in VECTORISED:
+        pytest.skip("vmap has no rule for an LSTM")
+    options: dict[str, Any] = {"epochs": 6, "batch": 300, "validation": 0.4, "patience": 2, "lr": 1e-3}
+    one = create(name, ensemble=3, seed=5, **options)
+    assert isinstance(one, TrainedForecaster)
+    observed, problem = data.observed(one)
+    monkeypatch.setattr(type(one), "vectorised", lambda self, problem: together)
+    fitted = descend(one, problem, observed.passes())
+    prefix, forecasts = observed.prefix(), []
+    for seed, course in zip((5, 6, 7), fitted.courses, strict=True):
+        single = create(name, seed=seed, **options)
+        assert isinstance(single, TrainedForecaster)
+        alone = descend(single, problem, observed.passes())
+        forecasts.append(alone.forecaster.forecast(prefix, data.steps_H))
+        if together:
+            assert course.validation == pytest.approx(alone.courses[0].validation, rel=1e-3)
+        else:
+            assert course == alone.courses[0]
+            lead = f"{seed - 5}."
+            own = alone.forecaster.tensors()
+            assert all(torch.equal(fitted.forecaster.tensors()[lead + key], value) for key, value in own.items())
+    moved = (torch.stack(forecasts) - prefix.weights_BCD[:, -1:]).abs().max()
+    found = fitted.forecaster.forecast(prefix, data.steps_H)
+    torch.testing.assert_close(found, torch.stack(forecasts).mean(0), rtol=0, atol=5e-3 * float(moved))
+    again = type(one).restore(one.config, problem, fitted.forecaster.tensors())
+    assert torch.equal(again.forecast(prefix, data.steps_H), found)
+
+
+@pytest.mark.parametrize(("name", "together"), [("lstm", False), ("gfm", True)])
+def test_a_stopped_ensemble_goes_on_to_the_same_bits(name: str, together: bool, data: Data, tmp_path: Path) -> None:
+    forecaster = create(name, epochs=6, batch=300, validation=0.4, ensemble=3)
+    assert isinstance(forecaster, TrainedForecaster)
+    assert forecaster.vectorised(data.problem()) == together
+    whole = descend(forecaster, data.problem(), data.passes())
+    at = "epoch 4," if together else "network 2 of 3, epoch 3,"
+
+    def stop(done: float, total: float, text: str) -> None:
+        if text.startswith(at):
+            raise KeyboardInterrupt
+
+    saved = Saved(tmp_path / "state", "this fit", resume=False, every=0)
+    with pytest.raises(KeyboardInterrupt):
+        descend(forecaster, data.problem(), data.passes(), saved=saved, report=stop)
+    seen: list[tuple[float, float, str]] = []
+    again = descend(
+        forecaster,
+        data.problem(),
+        data.passes(),
+        saved=Saved(tmp_path / "state", "this fit", resume=True),
+        report=lambda *line: seen.append(line),
+    )
+    assert seen[0][2].startswith(at)
+    assert seen[-1][0] == seen[-1][1] == sum(course.updates for course in whole.courses)
+    assert again.courses == whole.courses
+    for key, tensor in whole.forecaster.tensors().items():
+        assert torch.equal(again.forecaster.tensors()[key], tensor)
+
+
+def test_an_ensemble_of_which_one_diverges_says_which(data: Data) -> None:
+    forecaster = create("gfm", lr=1e15, batch=5, ensemble=2, seed=8)
+    assert isinstance(forecaster, TrainedForecaster)
+    with pytest.raises(DivergedError, match=r"gfm: the fit of seed [89] diverged: ") as caught:
+        descend(forecaster, data.problem(), data.passes())
+    best = caught.value.best
+    assert best is not None
+    assert best.forecast(data.prefix(), data.steps_H).isfinite().all()
+
+
+def test_an_ensemble_that_does_not_fit_in_one_go_is_fitted_one_by_one(data: Data) -> None:
+    def order(memory: int) -> str:
+        forecaster = create("gfm", epochs=1, ensemble=3)
+        assert isinstance(forecaster, TrainedForecaster)
+        seen: list[str] = []
+        descend(forecaster, data.problem(memory), data.passes(), report=lambda done, total, text: seen.append(text))
+        return seen[0]
+
+    size = sum(p.numel() for p in begun("gfm", (0,), data)[0].network(data.problem()).parameters()) * 4
+    assert order(2 * 3 * 12 * size).startswith("epoch 1")
+    assert order(2 * 3 * 12 * size - 1).startswith("network 1 of 3, epoch 1")
+    with pytest.raises(ResourceError, match=rf"gfm: D = {PARAMETERS} parameters take .* but the budget is"):
+        order(14 * size - 1)

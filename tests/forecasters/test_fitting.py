@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import farcli.stream
 from farcli.errors import NonFiniteError
-from farcli.fitting import solve
+from farcli.fitting.solving import solve
 from farcli.forecasters.base import SolvedForecaster
 from farcli.layout import layout_of
 from farcli.store import TrajectoryWriter

@@ -48,7 +48,7 @@ def constant(value: float, **options: Any) -> tuple[Gfm, Problem]:
     for parameter in network.parameters():
         torch.nn.init.zeros_(parameter)
     torch.nn.init.constant_(list(network.parameters())[-1], value)
-    return Gfm(Gfm.Config(**options)).with_network(problem, network), problem
+    return Gfm(Gfm.Config(**options)).with_networks(problem, [network]), problem
 
 
 def prefix_of(weights_BC: list[list[float]], steps_C: tuple[int, ...]) -> Prefix:
@@ -66,8 +66,8 @@ def test_loss_by_hand(seed: int, corrected: bool) -> None:
         v, beta=beta, gamma=gamma, zeta=zeta, units="corrected" if corrected else "as-printed", path="w_n"
     )
     prefix, ends = prefix_of([[0.0, 1.0, 3.0], [1.0, 1.0, 2.0]], (0, 1, 2)), [11.0, 6.0]
-    loss = forecaster.loss(prefix, (10,), torch.tensor(ends)[:, None, None], torch.Generator().manual_seed(seed))
-    times = torch.rand(2, generator=torch.Generator().manual_seed(seed)).tolist()
+    random_B = torch.rand(2, generator=torch.Generator().manual_seed(seed))
+    loss, times = forecaster.loss(prefix, (10,), torch.tensor(ends)[:, None, None], random_B), random_B.tolist()
     expected = 0.0
     for t, (w0, w1, w2), wm in zip(times, [(0.0, 1.0, 3.0), (1.0, 1.0, 2.0)], ends, strict=True):
         if t < 0.1:
@@ -97,9 +97,9 @@ def test_one_snapshot() -> None:
     forecaster, problem = constant(4.0, gamma=0.5, zeta=2.0)
     problem = replace(problem, steps_C=(0,))
     assert forecaster.trained is not None
-    forecaster = forecaster.with_network(problem, forecaster.trained.network)
+    forecaster = forecaster.with_networks(problem, forecaster.trained.networks)
     prefix, truth = prefix_of([[3.0]], (0,)), torch.tensor([[[9.0]]])
-    assert float(forecaster.loss(prefix, (10,), truth, torch.Generator()).detach()) == pytest.approx(2.5 * (4 - 6) ** 2)
+    assert float(forecaster.loss(prefix, (10,), truth, torch.rand(1)).detach()) == pytest.approx(2.5 * (4 - 6) ** 2)
     assert float(forecaster.forecast(prefix, (10,))) == pytest.approx(7.0)
 
 
@@ -107,7 +107,7 @@ def test_several_targets_are_reached_each_by_its_own_step() -> None:
     forecaster, problem = constant(5.0)
     assert forecaster.trained is not None
     problem = replace(problem, steps_H=(4, 10))
-    forecaster = forecaster.with_network(problem, forecaster.trained.network)
+    forecaster = forecaster.with_networks(problem, forecaster.trained.networks)
     found = forecaster.forecast(prefix_of([[0.0, 1.0, 3.0]], (0, 1, 2)), (4, 10))
     assert found.flatten().tolist() == pytest.approx([3 + 5 * 0.2, 3 + 5 * 0.8])
     later = forecaster.forecast(prefix_of([[0.0, 1.0, 3.0]], (100, 101, 102)), (104, 110))
@@ -143,7 +143,7 @@ def test_a_run_at_rest_stops_alone() -> None:
     rest, moving = forecaster.forecast(prefix, (10,)).flatten().tolist()
     assert rest == 0.0
     assert moving == pytest.approx(1 + 0.8 * (1 + 0.4), rel=1e-5)  # one midpoint step of dw/dt = w
-    free = Gfm(Gfm.Config(tau=0.0)).with_network(problem, forecaster.trained.network)
+    free = Gfm(Gfm.Config(tau=0.0)).with_networks(problem, forecaster.trained.networks)
     assert float(free.forecast(prefix, (10,))[0]) == pytest.approx(0.8 * 3e-7, rel=0.5)
 
 
@@ -159,7 +159,7 @@ def test_steps_taken_again_for_the_gradient_give_the_same_bits(monkeypatch: pyte
         network = Velocity(50, 8, 2)
         for parameter in network.parameters():
             torch.nn.init.uniform_(parameter, -1, 1, generator=generator)
-        forecaster = Gfm(Gfm.Config()).with_network(problem, network)
+        forecaster = Gfm(Gfm.Config()).with_networks(problem, [network])
         prefix = Prefix(weights_BCD=weights_BTD[:, :2], steps_C=(0, 1), layout=layout, start=0, runs_B=(0, 1, 2))
 
         def pack(tensor: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def test_steps_taken_again_for_the_gradient_give_the_same_bits(monkeypatch: pyte
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = forecaster.loss(prefix, problem.steps_H, weights_BTD[:, 2:], generator)
+            loss = forecaster.loss(prefix, problem.steps_H, weights_BTD[:, 2:], torch.rand(3, generator=generator))
         loss.backward()
         return [loss.detach(), *(p.grad for p in network.parameters() if p.grad is not None)], held
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from farcli.errors import UsageError
-from farcli.fitting import solve
+from farcli.fitting.solving import solve
 from farcli.forecasters.base import Known, Prefix, Problem
 from farcli.forecasters.far import Far
 from farcli.forecasters.identification import Experiment, forecast, identify, infer, simulate, unpack

@@ -13,7 +13,7 @@ from scipy.optimize import linprog, minimize
 from torch import Tensor
 
 from farcli.errors import ResourceError, UsageError
-from farcli.fitting import solve
+from farcli.fitting.solving import solve
 from farcli.forecasters.base import Prefix, Problem
 from farcli.forecasters.lfd2 import Lfd2
 from farcli.forecasters.lfd2_dense import GramSums, RowSums, solve_gram, solve_rows

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from farcli.errors import UsageError
-from farcli.fitting import solve
+from farcli.fitting.solving import solve
 from farcli.forecasters.base import Known, Prefix, Problem, TrainingLoss
 from farcli.forecasters.far import Far
 from farcli.forecasters.loss_lfd import LossLfd

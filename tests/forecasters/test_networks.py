@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from farcli.errors import StoreError, UsageError
-from farcli.fitting import descend
+from farcli.fitting.descent import descend
 from farcli.forecasters.base import Prefix, TrainedForecaster
 from farcli.forecasters.nino_mlp import NinoMlp, kind_of
 from farcli.forecasters.wnn import TwoStreams, scaled

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farcli.fitting import descend, solve
+from farcli.fitting.descent import descend
+from farcli.fitting.solving import solve
 from farcli.forecasters.base import (
     Coupling,
     FittedForecaster,

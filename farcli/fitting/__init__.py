@@ -1,0 +1,1 @@
+"""How forecasters are fitted: solved from sums (`solving`), or by gradient (`descent`)."""
