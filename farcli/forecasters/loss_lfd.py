@@ -227,13 +227,15 @@ class LossLfd(SolvedForecaster):
         optimizer = torch.optim.Adam([theta_SJ], lr=lr)
         generator = torch.Generator().manual_seed(config.seed)
         best = theta_SJ.detach().clone()
+        room_JD = torch.empty(3, problem.coordinates)
         for update in range(config.updates):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * update / config.updates)) / 2
             optimizer.zero_grad()
             total = torch.zeros(())
             for place in torch.randint(len(runs) * loss.fitting, (config.batch,), generator=generator).tolist():
                 run = runs[place // loss.fitting]
-                lost = loss.at(_leapt(rows_RCD[run], segments, theta_SJ), run, place % loss.fitting) / config.batch
+                leapt_D = _leapt(rows_RCD[run], segments, theta_SJ, room_JD)
+                lost = loss.at(leapt_D, run, place % loss.fitting) / config.batch
                 lost.backward()  # one by one: only one run's passes are held
                 total += lost.detach()
             if not bool(total.isfinite()):
@@ -246,10 +248,12 @@ class LossLfd(SolvedForecaster):
     def _begun(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
         """Where the descent begins: along one displacement, doubled for as long as that lowers the loss, or at 0."""
         loss, segments = require_fitted("loss-lfd", self._loss), problem.layout.segments(0, problem.coordinates)
+        room_JD = torch.empty(3, problem.coordinates)
 
         def lost(theta_SJ: Tensor) -> float:
+            leapt = (_leapt(rows_RCD[run], segments, theta_SJ, room_JD) for run in runs)
             return sum(
-                float(loss.at(_leapt(rows_RCD[run], segments, theta_SJ), run, run % loss.fitting)) for run in runs
+                float(loss.at(leapt_D, run, run % loss.fitting)) for run, leapt_D in zip(runs, leapt, strict=True)
             )
 
         begun_SJ = torch.zeros(len(problem.layout.floats), 3)
@@ -326,10 +330,16 @@ def _four(prefix: Prefix) -> Tensor:
     return prefix.weights_BCD[:, [0, last - 2, last - 1, last]]
 
 
-def _leapt(rows_XCD: Tensor, segments: Sequence[Segment], theta_SJ: Tensor) -> Tensor:
-    """The forecast from four snapshots of a run, or of several; gradients flow to the coefficients: [D] or [B, D]."""
+def _leapt(rows_XCD: Tensor, segments: Sequence[Segment], theta_SJ: Tensor, room_XJD: Tensor | None = None) -> Tensor:
+    """The forecast from four snapshots of a run, or of several; gradients flow to the coefficients: [D] or [B, D].
+
+    Displacements are made in `room_XJD` where that is given, anew for each call: of large networks, new memory takes
+    longer than what is done with it.
+    """
     last_XD = rows_XCD[..., 3, :]
-    moved_XJD = last_XD[..., None, :] - rows_XCD[..., [0, 2, 1], :]
+    moved_XJD = rows_XCD.new_empty((*last_XD.shape[:-1], 3, last_XD.shape[-1])) if room_XJD is None else room_XJD
+    for column, row in enumerate((0, 2, 1)):
+        torch.sub(last_XD, rows_XCD[..., row, :], out=moved_XJD[..., column, :])
     theta_SJ = theta_SJ.to(moved_XJD)
     parts = [theta_SJ[part.slot] @ moved_XJD[..., part.start : part.stop] for part in segments]
     return last_XD + torch.cat(parts, dim=-1)

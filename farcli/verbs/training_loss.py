@@ -66,13 +66,15 @@ class WorkloadLoss(TrainingLoss):
         """The loss of one run's batch at these weights; gradients flow."""
         if run not in self._held:
             self._held[run] = self._drawn(self._seeds[run])
+        trained = [slot for slot in self._layout.floats if slot.role == "parameter"]
+        others = [slot for slot in self._layout.floats if slot.role != "parameter"]
         values: dict[str, Any] = {}
-        for slot in self._layout.floats:
-            # Buffers apart from weights: BatchNorm refuses statistics that gradients flow through.
-            source, before = (weights_D, 0) if slot.role == "parameter" else (self._buffers[run], len(weights_D))
-            part = source[slot.offset - before : slot.stop - before]
-            own = part.view(slot.shape).to(getattr(torch, slot.dtype))
-            values[f"network.{slot.name}"] = own[None] if self._workload.lockstep else own
+        # Buffers apart from weights: BatchNorm refuses statistics that gradients flow through. And split at once:
+        # the gradient of a slice is a whole vector, most of it zeros, for each tensor.
+        for slots, vector in ((trained, weights_D), (others, self._buffers[run])):
+            for slot, part in zip(slots, vector.split([slot.stop - slot.offset for slot in slots]), strict=True):
+                own = part.view(slot.shape).to(getattr(torch, slot.dtype))
+                values[f"network.{slot.name}"] = own[None] if self._workload.lockstep else own
         with threads(self._workload.threads):
             return functional_call(self._loss, values, (self._held[run][batch],)).sum()
 
