@@ -6,7 +6,8 @@
 Every network is recorded at its workload's tuned rate, a snapshot an epoch (DistilBERT: four an epoch of 320
 sentences). `far` is fitted on some runs and judged on others, from w_n with n = 8 snapshots, and so are the yardsticks.
 A forecast counts only where it lowers the loss of four batches that nothing is reported on, run by run, else w_n does;
-worth is in epochs, after paying for that. Rows go to scripts/results/far-networks.ndjson, a table and a picture beside.
+worth is in epochs, after paying for that. Beside networks with BatchNorm stands what new statistics do for w_n alone.
+Rows go to scripts/results/far-networks.ndjson, a table and a picture beside.
 
 The goal, from the first 8 snapshots and wherever training still improves (the true weights at that horizon have 95 % of
 w_n's loss or less): held-out loss at most .85 of w_n's, 95 % of the networks not worse, at least one epoch gained. Late
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from farcli import evaluate, fit, record
+from farcli.store import Trajectory
 from farcli.verbs.plot import saved_figure
 
 Rows = list[dict[str, Any]]
@@ -95,6 +97,10 @@ def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
                      train_runs=f"0:{case.train}", options=case.method, memory=case.memory, replace=True)  # fmt: skip
         found = evaluate([str(file)], str(store), runs=f"{case.train}:{total}", targets=targets, verify=BATCHES,
                          device="cpu", memory=case.memory)  # fmt: skip
+        if Trajectory.open(store).layout.size > Trajectory.open(store).layout.parameters:  # BatchNorm's statistics
+            again = evaluate(["persistence"], str(store), runs=f"{case.train}:{total}", targets=targets, start=origin,
+                             buffers="reestimate", device="cpu", memory=case.memory)  # fmt: skip
+            found += [row | {"role": "reestimated"} for row in again if row["method"] == "persistence"]
         print(f"{name}, from snapshot {start}: done", flush=True)
         yield [{"network": name, "epoch": case.epoch, "start": start, "seconds": fitted["seconds"], **row}
                for row in found]  # fmt: skip
@@ -107,7 +113,8 @@ def judged(rows: Rows) -> Rows:
         if row["role"] != "forecast":
             continue
         beside = [other for other in rows if all(other[key] == row[key] for key in ("network", "start", "step"))]
-        [kept] = [other["loss"] for other in beside if other["method"] == "persistence"]
+        [kept] = [other["loss"] for other in beside if (other["method"], other["role"]) == ("persistence", "yardstick")]
+        again = [other["loss"] for other in beside if other["role"] == "reestimated"]
         [true] = [other["loss"] for other in beside if other["role"] == "truth"]
         best = min((other for other in beside if other["role"] == "yardstick"), key=lambda other: other["loss"])
         ratio, improving = row["loss"] / kept, true / kept <= IMPROVING
@@ -120,6 +127,7 @@ def judged(rows: Rows) -> Rows:
             "ratio": ratio, "not_worse": row["not_worse"], "better": row["better"], "verified": row["kept"],
             **{key.replace("steps", "epochs"): value for key, value in epochs.items()},
             "yardstick": best["method"], "yardstick_ratio": best["loss"] / kept, "true_ratio": true / kept,
+            "reestimated_ratio": again[0] / kept if again else None,
             "improving": improving, "reached": reached if improving and row["start"] == CONTEXT - 1 else None,
         })  # fmt: skip
     return lines
@@ -133,8 +141,8 @@ def markdown(lines: Rows) -> str:
         "and after paying for the verification. `make far-networks`; goal: ≤ .85, ≥ 95 % not worse, ≥ 1 epoch net.",
         "",
         "| network, runs | from epoch | ahead | loss | not worse | passed | worth, epochs | net "
-        "| best yardstick, verified too | true future | goal |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| best yardstick, verified too | w_n, statistics anew | true future | goal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     marks = {None: "·", True: "reached", False: "not reached"}
     for line in lines:
@@ -144,7 +152,9 @@ def markdown(lines: Rows) -> str:
             f"| {line['ratio']:.2f} | {line['not_worse']:.0%} | {line['verified']:.0%} "
             f"| {line['equivalent_epochs']:+.1f} [{line['equivalent_epochs_low']:+.1f}, "
             f"{line['equivalent_epochs_high']:+.1f}] | {line['net_epochs']:+.1f} "
-            f"| {line['yardstick']} {line['yardstick_ratio']:.2f} | {line['true_ratio']:.2f} "
+            f"| {line['yardstick']} {line['yardstick_ratio']:.2f} "
+            f"| {'·' if line['reestimated_ratio'] is None else format(line['reestimated_ratio'], '.2f')} "
+            f"| {line['true_ratio']:.2f} "
             f"| {marks[line['reached']]} |"
         )
     no_goal = "·: no goal, from later snapshots or where the true weights have over 95 % of w_n's loss."
