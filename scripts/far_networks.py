@@ -1,6 +1,6 @@
 """What a verified forecast by `far` is worth on real networks, from the first 8 snapshots and from later ones.
 
-    python scripts/far_networks.py                    # digits-cnn digits-mlp fashion-cnn distilbert
+    python scripts/far_networks.py                    # all of them; DistilBERT takes about 70 minutes
     python scripts/far_networks.py digits-cnn         # or some of them
 
 Every network is recorded at its workload's tuned rate, a snapshot an epoch (DistilBERT: four an epoch of 320
