@@ -132,7 +132,8 @@ def _draw(axes: Any, rows: Sequence[Mapping[str, Any]], quantity: str) -> None:
     axes.set_xlabel("training step")
     axes.set_ylabel(f"{_QUANTITIES[quantity]}{', log scale' if quantity != 'accuracy' and positive else ''}")
     runs = max(int(row.get("runs") or 0) for row in rows)
-    axes.set_title(f"Weights forecast from step {origin:.0f}, mean of {runs} runs", loc="left", fontsize=11)
+    pooled = f", mean of {runs} runs" if runs > 1 else ""
+    axes.set_title(f"Weights forecast from step {origin:.0f}{pooled}", loc="left", fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
