@@ -440,7 +440,7 @@ def test_an_ensemble_is_the_mean_of_its_seeds(
 
 @pytest.mark.parametrize(("name", "together"), [("lstm", False), ("gfm", True)])
 def test_a_stopped_ensemble_goes_on_to_the_same_bits(name: str, together: bool, data: Data, tmp_path: Path) -> None:
-    forecaster = create(name, epochs=6, batch=300, validation=0.4, ensemble=3)
+    forecaster = create(name, epochs=6, batch=200, validation=0.4, ensemble=3)
     assert isinstance(forecaster, TrainedForecaster)
     assert forecaster.vectorised(data.problem()) == together
     whole = descend(forecaster, data.problem(), data.passes())
