@@ -4,7 +4,8 @@
 
 For every method that is fitted by gradient and that `vmap` has rules for, over mini-batches of 16 to 1024 examples:
 processor seconds, on one thread, of five networks one by one over those of five in one go, the median of alternating
-pairs. Where that is above 1, `vectorised` of a method says yes. The table goes to scripts/results/ensembles.md.
+pairs. `vectorised_batch` of a method is where that ceases to be above 1. The table goes to
+scripts/results/ensembles.md.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from farcli.fitting.descent import descend
-from farcli.forecasters.base import Prefix, Problem, TrainedForecaster
+from farcli.forecasters.base import Coupling, Prefix, Problem, TrainedForecaster
 from farcli.forecasters.table import FORECASTERS
 from farcli.layout import layout_of
 from farcli.registry import resolve
@@ -46,7 +47,7 @@ def seconds(forecaster: TrainedForecaster, problem: Problem, weights: torch.Tens
                     runs_B=tuple(range(len(weights))))  # fmt: skip
     truth = weights[:, len(problem.steps_C) :]
     problem = replace(problem, steps_C=observed)
-    type(forecaster).vectorised = lambda self, problem: together  # what is to be decided
+    type(forecaster).vectorised_batch = forecaster.config.batch if together else 0  # what is to be decided
     began = time.process_time()
     descend(forecaster, problem, lambda: [(prefix, truth)])
     return time.process_time() - began
@@ -65,7 +66,7 @@ def main() -> None:
     for name, options in CASES:
         cls = resolve("forecaster", name, FORECASTERS)
         for batch in BATCHES:
-            runs = max(4, batch if cls(cls.Config(**options)).coupling.value == "joint" else -(-batch // SIZE))
+            runs = max(4, batch if cls(cls.Config(**options)).coupling is Coupling.JOINT else -(-batch // SIZE))
             weights = torch.randn(runs, 6, SIZE, generator=torch.Generator().manual_seed(0)).cumsum(1)
             problem = Problem(layout=layout, coordinates=SIZE, runs=runs, steps_C=(0, 1, 2, 3, 4), steps_H=(9,),
                               memory=10**9)  # fmt: skip

@@ -89,6 +89,7 @@ def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
         steps = case.every * case.last
         record(case.workload, store, runs=total, steps=steps, every=case.every, seed=case.seed, options=case.options,
                resume=True)  # fmt: skip
+    layout = Trajectory.open(store).layout
     for start in case.starts:
         origin = start * case.every
         targets = ",".join(str(origin + ahead * case.every) for ahead in case.ahead)
@@ -97,7 +98,7 @@ def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
                      train_runs=f"0:{case.train}", options=case.method, memory=case.memory, replace=True)  # fmt: skip
         found = evaluate([str(file)], str(store), runs=f"{case.train}:{total}", targets=targets, verify=BATCHES,
                          device="cpu", memory=case.memory)  # fmt: skip
-        if Trajectory.open(store).layout.size > Trajectory.open(store).layout.parameters:  # BatchNorm's statistics
+        if layout.size > layout.parameters:  # BatchNorm's statistics
             again = evaluate(["persistence"], str(store), runs=f"{case.train}:{total}", targets=targets, start=origin,
                              buffers="reestimate", device="cpu", memory=case.memory)  # fmt: skip
             found += [row | {"role": "reestimated"} for row in again if row["method"] == "persistence"]

@@ -229,6 +229,7 @@ class _Descent:
         self._seeds = seeds
         self._options = networks.forecasters[0].config
         self._optimizer = torch.optim.Adam(networks.parameters, lr=self._options.lr, fused=True)
+        self._validated = bool(self._options.validation)
         self._ways = [_Way() for _ in examples]
         self.done = 0
         total = self._options.epochs * examples[0].updates
@@ -249,10 +250,11 @@ class _Descent:
         Raises:
             DivergedError: a loss or a parameter is not finite; it holds no forecaster.
         """
-        going = [place for place, way in enumerate(self._ways) if self._going(way)]
+        going, validated = [place for place, way in enumerate(self._ways) if self._going(way)], self._validated
         forecasters, generators, steps_H = self._networks.forecasters, self._generators, self._problem.steps_H
         self._networks.train()
-        before = self._networks.states()
+        # A training loss is that of the state before the updates, a validation loss that of the one after.
+        states = [] if validated else self._networks.states()
         sums, count = [0.0] * len(self._ways), 0
         epochs = [own.epoch(generator) for own, generator in zip(self._examples, generators, strict=True)]
         for batches in zip(*epochs, strict=True):
@@ -276,17 +278,17 @@ class _Descent:
         for place in going:
             if not finite[place]:
                 raise self._diverged(place, f"parameters are not finite at update {self.done}")
-        after = self._networks.states() if self._options.validation else before
+        if validated:
+            states = self._networks.states()
         for place in going:
             way = self._ways[place]
             way.losses.append(sums[place] / count)
             way.updates = self.done
-            if self._options.validation:
+            if validated:
                 way.judged.append(self._validation_loss(place))
-            # A training loss is that of the state before the updates, a validation loss that of the one after.
-            way.see(way.judged[-1] if way.judged else way.losses[-1], after[place])
+            way.see(way.judged[-1] if validated else way.losses[-1], states[place])
         text = f"epoch {max(len(way.losses) for way in self._ways)}, loss {self._mean(going, 'losses'):.4g}"
-        return text + (f", validation {self._mean(going, 'judged'):.4g}" if self._options.validation else "")
+        return text + (f", validation {self._mean(going, 'judged'):.4g}" if validated else "")
 
     def _mean(self, places: list[int], which: str) -> float:
         return sum(getattr(self._ways[place], which)[-1] for place in places) / len(places)
@@ -311,18 +313,18 @@ class _Descent:
         Raises:
             DivergedError: a validation loss was never finite.
         """
-        validated = bool(self._options.validation)
         for place, way in enumerate(self._ways):
-            if validated and way.epoch == 0:
+            if self._validated and way.epoch == 0:
                 raise self._diverged(place, "the validation loss was never finite")
-        if validated:
-            self._networks.load([way.state for way in self._ways])
-        self._networks.settle()
+        if self._validated:
+            self.restore()
+        else:
+            self._networks.settle()
         return [
             Course(
                 losses=tuple(way.losses),
                 validation=tuple(way.judged),
-                epoch=way.epoch if validated else len(way.losses),
+                epoch=way.epoch if self._validated else len(way.losses),
                 updates=way.updates,
             )
             for way in self._ways

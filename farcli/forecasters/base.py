@@ -479,8 +479,6 @@ class TrainedForecaster(FittedForecaster):
     def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """The mean of what the networks say: [B, H, D]."""
         trained = require_fitted(self.name, self.trained)
-        if len(trained.networks) == 1:
-            return self.forecast_alone(prefix, steps_H)
         first, *others = (self.with_networks(trained.problem, [network]) for network in trained.networks)
         forecast_BHD = first.forecast_alone(prefix, steps_H)
         for count, other in enumerate(others, 2):

@@ -251,10 +251,11 @@ class LossLfd(SolvedForecaster):
         room_JD = torch.empty(3, problem.coordinates)
 
         def lost(theta_SJ: Tensor) -> float:
-            leapt = (_leapt(rows_RCD[run], segments, theta_SJ, room_JD) for run in runs)
-            return sum(
-                float(loss.at(leapt_D, run, run % loss.fitting)) for run, leapt_D in zip(runs, leapt, strict=True)
-            )
+            total = 0.0
+            for run in runs:
+                leapt_D = _leapt(rows_RCD[run], segments, theta_SJ, room_JD)
+                total += float(loss.at(leapt_D, run, run % loss.fitting))
+            return total
 
         begun_SJ = torch.zeros(len(problem.layout.floats), 3)
         least = kept = lost(begun_SJ)

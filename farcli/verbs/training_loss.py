@@ -45,6 +45,8 @@ class WorkloadLoss(TrainingLoss):
     def __init__(self, workload: Workload, sources: Sequence[Source], step: int) -> None:
         self._workload = workload
         self._layout = sources[0].trajectory.layout
+        floats = self._layout.floats
+        self._slots = tuple([s for s in floats if (s.role == "parameter") == trained] for trained in (True, False))
         self._loss = _Loss(workload, Network(workload, self._layout).model.eval())
         self._seeds: list[int] = []
         self._buffers: list[Tensor] = []
@@ -66,13 +68,11 @@ class WorkloadLoss(TrainingLoss):
         """The loss of one run's batch at these weights; gradients flow."""
         if run not in self._held:
             self._held[run] = self._drawn(self._seeds[run])
-        trained = [slot for slot in self._layout.floats if slot.role == "parameter"]
-        others = [slot for slot in self._layout.floats if slot.role != "parameter"]
         values: dict[str, Any] = {}
         # Buffers apart from weights: BatchNorm refuses statistics that gradients flow through. And split at once:
         # the gradient of a slice is a whole vector, most of it zeros, for each tensor.
-        for slots, vector in ((trained, weights_D), (others, self._buffers[run])):
-            for slot, part in zip(slots, vector.split([slot.stop - slot.offset for slot in slots]), strict=True):
+        for slots, vector in zip(self._slots, (weights_D, self._buffers[run]), strict=True):
+            for slot, part in zip(slots, vector.split([slot.size for slot in slots]), strict=True):
                 own = part.view(slot.shape).to(getattr(torch, slot.dtype))
                 values[f"network.{slot.name}"] = own[None] if self._workload.lockstep else own
         with threads(self._workload.threads):

@@ -60,7 +60,9 @@ class Witness(TrainedForecaster):
         return nn.Linear(1, 1)
 
     def with_networks(self, problem: Problem, networks: Sequence[nn.Module]) -> "Witness":
-        fitted = Witness(self._config, Trained(problem, tuple(n for n in networks if isinstance(n, nn.Linear))))
+        linear = tuple(network for network in networks if isinstance(network, nn.Linear))
+        assert len(linear) == len(networks)
+        fitted = Witness(self._config, Trained(problem, linear))
         fitted.batches = self.batches
         return fitted
 
@@ -183,20 +185,21 @@ def overfitting(**options: Any) -> Fitted[Any]:
 
 def test_the_best_epoch_is_kept() -> None:
     fitted = overfitting(epochs=30)
-    best = min(range(30), key=lambda epoch: fitted.courses[0].validation[epoch])
-    assert fitted.courses[0].epoch == best + 1 < 30
-    assert fitted.courses[0].losses[-1] < fitted.courses[0].losses[best]  # it went on to fit the training runs
+    [course] = fitted.courses
+    best = min(range(30), key=lambda epoch: course.validation[epoch])
+    assert course.epoch == best + 1 < 30
+    assert course.losses[-1] < course.losses[best]  # it went on to fit the training runs
     # The state is the one of a fit that ends there.
     short = overfitting(epochs=best + 1)
-    assert short.courses[0].validation == fitted.courses[0].validation[: best + 1]
+    assert short.courses[0].validation == course.validation[: best + 1]
     for key, value in short.forecaster.tensors().items():
         assert torch.equal(value, fitted.forecaster.tensors()[key])
 
 
 def test_patience_ends_the_fit() -> None:
-    long, fitted = overfitting(epochs=30), overfitting(epochs=30, patience=4)
-    assert len(fitted.courses[0].losses) == fitted.courses[0].epoch + 4 < 30
-    assert fitted.courses[0].validation == long.courses[0].validation[: len(fitted.courses[0].validation)]
+    [long], [course] = overfitting(epochs=30).courses, overfitting(epochs=30, patience=4).courses
+    assert len(course.losses) == course.epoch + 4 < 30
+    assert course.validation == long.validation[: len(course.validation)]
 
 
 def test_updates_end_the_fit() -> None:
@@ -319,11 +322,7 @@ def test_a_stopped_fit_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         report=lambda done, total, text: seen.append(text),
     )
     assert seen[0].startswith("epoch 5,")  # stopped before the fifth was saved
-    assert (again.courses[0].losses, again.courses[0].validation, again.courses[0].epoch) == (
-        whole.courses[0].losses,
-        whole.courses[0].validation,
-        whole.courses[0].epoch,
-    )
+    assert again.courses == whole.courses
     for name, tensor in whole.forecaster.tensors().items():
         assert torch.equal(again.forecaster.tensors()[name], tensor)
     with pytest.raises(UsageError, match="holds another fit than the one asked for"):
