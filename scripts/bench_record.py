@@ -1,20 +1,21 @@
 """What recording costs a training, against the same training without it, in the same interleaved run.
 
     python scripts/bench_record.py                  # distilbert, 22.7 M parameters, batch 8, every 5 steps
-    python scripts/bench_record.py --full           # more pairs, and other intervals
+    python scripts/bench_record.py --full           # more rounds, and other intervals
     python scripts/bench_record.py --device cuda    # GPT-2 124M in bfloat16 autocast, every 50, 20, 10, 5, 2, 1
     python scripts/bench_record.py --workload gpt2 --set data=FILE --every 10
 
-Blocks of training come in pairs, one recorded and one not, on the same batches, in alternating order, so that a loaded
-machine and long sentences hit both alike. A recorded block begins with a snapshot and ends when everything is written.
+Blocks of training come in rounds of three, on the same batches and in every order in turn, so that a loaded machine and
+long sentences hit all alike: one plain, one recorded, and one in which the weights are only copied, into memory used
+before (on CUDA: pinned), after the very steps that are recorded in the other. A recorded block begins with a snapshot
+and ends when everything is written.
 
-- `slowdown_percent`: median over the pairs of recorded time / plain time − 1, with the distribution-free interval of
-  that median (order statistics, at least 95 % where there are 6 pairs or more).
+- `slowdown_percent`: median over the rounds of recorded time / plain time − 1, with the distribution-free interval of
+  that median (order statistics, at least 95 % where there are 6 or more); `copy_slowdown_percent` the same for copies.
 - `longest_stall_copies`: the most that the recorder's hooks held up one step (on CUDA: the longest recorded step less
-  the median plain one), over the median time of a plain copy of the weights, into memory used before (on CUDA: pinned);
-  `median_stall_copies` the same for the median snapshot. `longest_copy_copies` is the longest of as many plain copies:
-  what the machine alone makes of the same copy, in some runs more than the bar of 1.5; `longest_stall_longest_copies`
-  holds like against like.
+  the median plain one), over the median time of a plain copy; `median_stall_copies` the same for the median snapshot.
+  `longest_copy_copies` is the longest of as many plain copies: what the machine alone makes of the same copy;
+  `longest_stall_longest_copies` holds like against like.
 - `extra_bytes`: peak memory of the process with recording less without, on the same batches, taken for the first
   interval; on CUDA `extra_device_bytes` beside it.
 - `snapshot_disk_bytes`: of the store, by snapshot.
@@ -32,7 +33,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from farcli.training import run_seed, threads, workload_from
 from farcli.workloads.base import Batch
 
 ROOT = Path(__file__).parents[1]
+KINDS = ("plain", "recorded", "copied")
 GPT2_124M = ("layers=12", "heads=12", "width=768", "context=1024", "tokens=bpe", "batch=8")
 
 
@@ -100,16 +102,18 @@ class Training:
         """The next batches, on the device."""
         return [tuple(part.to(self.device) for part in next(self._batches)) for _ in range(count)]
 
-    def block(self, batches: Sequence[Batch]) -> list[float]:
-        """Train on some batches; seconds of each step."""
+    def block(self, batches: Sequence[Batch], then: Callable[[int], None] | None = None) -> list[float]:
+        """Train on some batches, and do something after each; seconds of each step with that."""
         cuda = self.device.type == "cuda"
         marks: list[Any] = [self._mark()]
-        for batch in batches:
+        for number, batch in enumerate(batches):
             with torch.autocast("cuda", torch.bfloat16, enabled=cuda):
                 loss = self.workload.loss(self.model, batch)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
+            if then is not None:
+                then(number)
             marks.append(self._mark())
         if cuda:  # the training's own stream: waiting for the device would wait for the recorder's too
             torch.cuda.current_stream().synchronize()
@@ -125,20 +129,28 @@ class Training:
 
 
 class Copies:
-    """A plain copy of the weights into memory that is used again; pinned where they are on CUDA."""
+    """A plain copy of the weights into memory that is used again; pinned where they are on CUDA.
+
+    Attributes:
+        seconds: that each copy took.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.cuda = next(model.parameters()).device.type == "cuda"
         self.tensors = [parameter.detach() for parameter in model.parameters()]
         self.copies = [torch.empty(t.shape, dtype=t.dtype, pin_memory=self.cuda) for t in self.tensors]
+        self.seconds: list[float] = []
         self.take()
+        self.seconds.clear()
 
-    def take(self) -> float:
-        """Seconds of one."""
+    def take(self) -> None:
+        """Make one, when all before it is done."""
+        if self.cuda:
+            torch.cuda.current_stream().synchronize()
         began = time.perf_counter()
         for tensor, copy in zip(self.tensors, self.copies, strict=True):
             copy.copy_(tensor)
-        return time.perf_counter() - began
+        self.seconds.append(time.perf_counter() - began)
 
 
 def peak() -> int:
@@ -155,7 +167,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[low], ordered[count - 1 - low]
 
 
-def measure(training: Training, every: int, pairs: int, steps: int, folder: Path) -> dict[str, Any]:
+def measure(training: Training, every: int, rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     """One row."""
     cuda = training.device.type == "cuda"
     store = folder / f"every-{every}.zarr"
@@ -164,7 +176,9 @@ def measure(training: Training, every: int, pairs: int, steps: int, folder: Path
     before, device_before = peak(), torch.cuda.max_memory_allocated() if cuda else 0
     # the first step of a block is due, so that the last of its snapshots can be written within it
     recorder = Timed(training.model, training.optimizer, store, every=every, start_step=every - 1)
-    ratios, plain_steps, recorded_steps, copies = [], [], [], []
+    steps_of: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    ratios: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    orders = itertools.cycle(itertools.permutations(KINDS))
     with recorder:
         training.block(batches)
         recorder.flush()
@@ -175,35 +189,42 @@ def measure(training: Training, every: int, pairs: int, steps: int, folder: Path
         training.block(training.draw(every - 1))
         recorder.flush()
         yardstick = Copies(training.model)
-        for number in range(pairs):
+
+        def copied(number: int) -> None:
+            if number % every == 0:
+                yardstick.take()
+
+        for _ in range(rounds):
             batches = training.draw(steps)
             seconds = {}
-            for recorded in (False, True) if number % 2 else (True, False):
-                recorder.on = recorded
-                found = training.block(batches)
+            for kind in next(orders):
+                recorder.on = kind == "recorded"
+                found = training.block(batches, copied if kind == "copied" else None)
                 began = time.perf_counter()
-                if recorded:
+                if recorder.on:
                     recorder.flush()
-                seconds[recorded] = sum(found) + (time.perf_counter() - began)
-                (recorded_steps if recorded else plain_steps).extend(found)
-            ratios.append(seconds[True] / seconds[False])
-            copies += [yardstick.take() for _ in range(steps // every)]
+                seconds[kind] = sum(found) + (time.perf_counter() - began)
+                steps_of[kind] += found
+            for kind in KINDS:
+                ratios[kind].append(seconds[kind] / seconds["plain"])
         recorder.on = True
     stalls = first + recorder.stalls
-    copy = statistics.median(copies)
+    copies = yardstick.seconds
+    copy, step_seconds = statistics.median(copies), statistics.median(steps_of["plain"])
     if cuda:
-        stalls = [max(step - statistics.median(plain_steps), 0.0) for step in recorded_steps]
+        stalls = [max(step - step_seconds, 0.0) for step in steps_of["recorded"]]
     taken = len(Trajectory.open(store).steps)
     size = sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
-    slowdown, low, high = (100 * (value - 1) for value in interval(ratios))
+    slowdown, low, high = (100 * (value - 1) for value in interval(ratios["recorded"]))
     return {
         "every": every,
-        "pairs": pairs,
+        "rounds": rounds,
         "steps": steps,
-        "step_seconds": statistics.median(plain_steps),
+        "step_seconds": step_seconds,
         "slowdown_percent": slowdown,
         "slowdown_low": low,
         "slowdown_high": high,
+        "copy_slowdown_percent": 100 * (statistics.median(ratios["copied"]) - 1),
         "copy_seconds": copy,
         "longest_copy_copies": max(copies) / copy,
         "longest_stall_seconds": max(stalls),
@@ -233,11 +254,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         f"{first['workload']} ({', '.join(first['options'])}), {first['parameters']:,} parameters in {first['dtype']}, "
         f"on {first['device']}, {first['threads']} threads, load {first['load']:.1f}; torch {first['torch']}; "
-        f"{first['date']}. Slowdown: median of {first['pairs']} pairs of {first['steps']} steps and its interval.",
+        f"{first['date']}. Slowdown: median of {first['rounds']} rounds of {first['steps']} steps and its interval.",
         "",
-        "| every | step s | slowdown % | longest stall / longest copy | in median copies: longest stall "
-        "| median stall | longest copy | copy s | extra MB | MB a snapshot |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| every | step s | slowdown % | by plain copies % | longest stall / longest copy "
+        "| in median copies: longest stall | median stall | longest copy | copy s | extra MB | MB a snapshot |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     marks = {None: "", True: " (reached)", False: " (**not reached**)"}
     for row in rows:
@@ -246,7 +267,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['every']} | {row['step_seconds']:.3f} "
             f"| {row['slowdown_percent']:.1f} [{row['slowdown_low']:.1f}, {row['slowdown_high']:.1f}]"
-            f"{marks[reached['slowdown']]} | {row['longest_stall_longest_copies']:.2f} "
+            f"{marks[reached['slowdown']]} | {row['copy_slowdown_percent']:.1f} "
+            f"| {row['longest_stall_longest_copies']:.2f} "
             f"| {row['longest_stall_copies']:.2f}{marks[reached['stall']]} | {row['median_stall_copies']:.2f} "
             f"| {row['longest_copy_copies']:.2f} | {row['copy_seconds']:.4f} | {extra} "
             f"| {row['snapshot_disk_bytes'] / 1e6:.1f} |"
@@ -261,9 +283,9 @@ def main() -> None:
     parser.add_argument("--workload", help="distilbert; gpt2 with 124M parameters on CUDA")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="option of the workload")
     parser.add_argument("--every", type=int, nargs="+", help="steps between snapshots, one row each")
-    parser.add_argument("--pairs", type=int, help="of blocks")
+    parser.add_argument("--rounds", type=int, help="of three blocks each")
     parser.add_argument("--steps", type=int, help="of a block, about; a multiple of the interval")
-    parser.add_argument("--full", action="store_true", help="more pairs and more intervals")
+    parser.add_argument("--full", action="store_true", help="more rounds and more intervals")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=Path, help="where the stores go, for as long as it takes")
     parser.add_argument("--results", type=Path, default=ROOT / "scripts/results", help="folder for the rows")
@@ -280,9 +302,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:
             for every in intervals:
                 steps = every * max(1, round((given.steps or (50 if cuda else 10)) / every))
-                pairs = given.pairs or (30 if given.full else 8 if cuda else 24)
+                rounds = given.rounds or (30 if given.full else 12 if cuda else 24)
                 with threads(training.workload.threads):
-                    row = measure(training, every, pairs, steps, Path(folder))
+                    row = measure(training, every, rounds, steps, Path(folder))
                 if rows:  # a process has one peak
                     row["extra_bytes"] = row["extra_device_bytes"] = None
                 rows.append(about(training, name, options) | row)
@@ -301,7 +323,7 @@ def about(training: Training, name: str, options: dict[str, str]) -> dict[str, A
     """What was trained on what."""
     cuda = training.device.type == "cuda"
     return {
-        "schema": 2,
+        "schema": 3,
         "workload": name,
         "options": [f"{key}={value}" for key, value in options.items()],
         "batch": getattr(training.workload.config, "batch", None),

@@ -75,9 +75,12 @@ CASES = {
     "fashion-cnn-adam": Case(workload="nas-cnn", options={"data": "fashion-mnist", "train": "2560", "held_out": "1000",
                                                           "optimizer": "adam"},
                              every=20, epoch=20, last=15, starts=(7,), ahead=(1, 2, 4, 8), train=20, test=20),
-    "distilbert": Case(workload="distilbert", options={"batch": "8", "held_back": "9248", "sentences": "250"},
-                       every=10, epoch=40, last=16, starts=(7,), ahead=(2, 4, 8), train=6, test=10,
-                       method={"method": "loss"}, memory=10_000_000_000),
+    "distilbert": Case(workload="distilbert", options={"held_back": "8928", "sentences": "250"}, every=5, epoch=20,
+                       last=15, starts=(7,), ahead=(2, 4, 8), train=8, test=10,
+                       method={"method": "loss", "updates": "50"}, memory=14_000_000_000),
+    "distilbert-batch-8": Case(workload="distilbert", options={"batch": "8", "held_back": "9248", "sentences": "250"},
+                               every=10, epoch=40, last=16, starts=(7,), ahead=(2, 4, 8), train=6, test=10,
+                               method={"method": "loss", "updates": "50"}, memory=14_000_000_000),
 }  # fmt: skip
 
 

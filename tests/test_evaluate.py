@@ -51,6 +51,8 @@ def test_weight_measures_equal_numpy(rows, small, truth):
         assert row["skill"] == pytest.approx(1 - ((f - y) ** 2).mean() / ((w - y) ** 2).mean(), rel=1e-5)
         mean = truth.read([0, 1], [step], 0, size)[:, 0].astype(np.float64).mean(0)
         assert pick(rows, "mean", step)["mse"] == pytest.approx(((mean - y) ** 2).mean(), rel=1e-5)
+        drift = w + mean - truth.read([0, 1], [15], 0, size)[:, 0].astype(np.float64).mean(0)
+        assert pick(rows, "drift", step)["mse"] == pytest.approx(((drift - y) ** 2).mean(), rel=1e-5)
         before = truth.read([2, 3], [10], 0, size)[:, 0].astype(np.float64)
         line = w + (w - before) * (step - 15) / 5
         assert pick(rows, "linear", step)["mse"] == pytest.approx(((line - y) ** 2).mean(), rel=1e-4)
@@ -214,7 +216,7 @@ def test_the_mean_is_never_of_evaluated_runs(small):
     with pytest.raises(UsageError, match="also evaluated"):
         farcli.evaluate(["linear"], store, targets="60", runs="0:2", train_runs="1:3")
     rows = farcli.evaluate(["linear"], store, targets="60", runs="0:2", train_runs="2:4")
-    assert pick(rows, "mean", 60)["role"] == "yardstick"
+    assert {pick(rows, name, 60)["role"] for name in ("mean", "drift")} == {"yardstick"}
 
 
 def test_buffers_are_a_policy_that_is_stated(small):
@@ -282,7 +284,7 @@ def test_several_stores_are_weighed_as_one(several):
     assert together[0]["runs"] == 6
     assert together[0]["stores"] == 2
     for step in (6, 12):
-        for method in ("dmd", "lfd2", "persistence", "mean"):
+        for method in ("dmd", "lfd2", "persistence", "mean", "drift"):
             row, parts = pick(together, method, step), [pick(rows, method, step) for rows in apart]
             for key in ("mse", "loss", "better", "gain"):
                 assert row[key] == pytest.approx(np.mean([part[key] for part in parts]), rel=1e-9)

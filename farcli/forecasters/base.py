@@ -213,9 +213,10 @@ JUDGING = 3
 
 
 class TrainingLoss(ABC):
-    """The loss of the training runs, at any weights: of training data, never of what forecasts are reported on.
+    """The loss of the training runs, at any weights: never of what forecasts are reported on.
 
-    The last batches are of data that was held back from training, where there is such: to judge by, not to fit on.
+    The last batches are of data that was held back from training, where there is such: to judge by, not to fit on. The
+    others are so too where enough was held back.
     """
 
     @abstractmethod

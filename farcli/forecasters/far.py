@@ -115,18 +115,19 @@ class Rows(Sums):
 class LeapErrors(CountedErrors):
     """How large the errors of leaps fitted without a run are on that run, in units of a scale of each tensor."""
 
-    def __init__(self, problem: Problem, leap: LossLfd, rows_RCD: Tensor, scale_S: Tensor) -> None:
+    def __init__(self, problem: Problem, leap: LossLfd, rows: PrefixRows, scale_S: Tensor) -> None:
         super().__init__(len(scale_S), len(problem.steps_H))
-        self._leap, self._rows_RCD, self._scale_S = leap, rows_RCD, scale_S
+        self._leap, self._rows, self._scale_S = leap, rows, scale_S
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
+        start, stop = prefix.start, min(prefix.start + truth_BHD.shape[-1], self._rows.moved_RD.shape[-1])
+        if stop <= start:
+            return  # buffers are not forecast
         for row, run in enumerate(prefix.runs_B):
-            own_CD = self._rows_RCD[run, :, prefix.start : prefix.start + truth_BHD.shape[-1]]
-            if not own_CD.shape[-1]:
-                continue  # buffers are not forecast
-            error_HD = truth_BHD[row, :, : own_CD.shape[-1]].cpu() - self._leap.leapt_without(own_CD, run, prefix.start)
-            for segment in prefix.layout.segments(prefix.start, prefix.start + own_CD.shape[-1]):
+            leapt_D = self._leap.leapt_without(self._rows, run, start, stop)
+            error_HD = truth_BHD[row, :, : stop - start].cpu() - leapt_D
+            for segment in prefix.layout.segments(start, stop):
                 error_HN = error_HD[:, segment.start : segment.stop] / self._scale_S[segment.slot]
                 self.counts.add(segment.slot, error_HN[None])
 
@@ -137,13 +138,13 @@ class _Leap:
 
     Attributes:
         forecaster: the leap.
-        rows_RCD: the training runs' snapshots, while fitting.
+        rows: the training runs' snapshots, while fitting.
         scale_S: how far each tensor moved in the prefix.
         width_SH: half-widths of 90 % intervals; None until calibrated.
     """
 
     forecaster: LossLfd
-    rows_RCD: Tensor | None
+    rows: PrefixRows | None
     scale_S: Tensor
     width_SH: Tensor | None
 
@@ -209,10 +210,13 @@ class Far(SolvedForecaster):
             default="",
             metadata={"help": 'update rule of the training runs, "sgd lr=0.1 momentum=0.9"; empty: from the store'},
         )
+        updates: int = field(default=200, metadata={"help": "updates of each fit of a leap, with method=loss"})
 
         def __post_init__(self) -> None:
             if self.optimizer:
                 UpdateRule.parse(self.optimizer)
+            if self.updates < 1:
+                raise ValueError(f"updates = {self.updates}, expected 1 or more.")
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -323,8 +327,8 @@ class Far(SolvedForecaster):
             return Runs(problem, sums)
         if method == "loss" and first:
             return Rows(sums, PrefixRows(problem), None)
-        if leap is not None and leap.rows_RCD is not None:
-            return Rows(sums, None, LeapErrors(problem, leap.forecaster, leap.rows_RCD, leap.scale_S))
+        if leap is not None and leap.rows is not None:
+            return Rows(sums, None, LeapErrors(problem, leap.forecaster, leap.rows, leap.scale_S))
         return sums
 
     def solved(self, problem: Problem, sums: Any) -> Self:
@@ -350,13 +354,14 @@ class Far(SolvedForecaster):
                 fitted._judge(problem, sums.rows, require_fitted("far", self._loss))
             elif sums.errors is not None and (leap := self._leap) is not None:
                 width_SH = sums.errors.counts.quantile() * leap.scale_S[:, None]
-                fitted._leap = replace(leap, rows_RCD=None, width_SH=width_SH)
+                fitted._leap = replace(leap, rows=None, width_SH=width_SH)
         return fitted
 
     def _judge(self, problem: Problem, rows: PrefixRows, loss: TrainingLoss) -> None:
         """Choose at each horizon what lowers the loss of runs left out most, or w_n."""
         rows_RCD, runs = rows.rows_RCD, problem.runs
-        leap = LossLfd(LossLfd.Config()).prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
+        options = LossLfd.Config(updates=self._config.updates)
+        leap = LossLfd(options).prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
         gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)
         for run in range(runs):
             kept = leap.loss_at(rows_RCD[run, -1], run)
@@ -368,7 +373,7 @@ class Far(SolvedForecaster):
             for h, step in enumerate(problem.steps_H):
                 parts = [self._lfd2[0].forecasts_left_out(block, (step,)).to(rows_RCD.dtype) for block in blocks]
                 gain_2RH[0, run, h] = kept - leap.loss_at(torch.cat(parts, dim=-1)[0, 0], run)
-            gain_2RH[1, run] = kept - leap.loss_at(leap.leapt_without(rows_RCD[run], run), run)
+            gain_2RH[1, run] = kept - leap.loss_at(leap.leapt_without(rows, run), run)
         gain_2RH = torch.nan_to_num(gain_2RH, nan=-torch.inf)
         mean_2H, error_2H = gain_2RH.mean(1), gain_2RH.std(1) / runs**0.5
         sound_2H = (mean_2H > error_2H) & ((gain_2RH >= 0).double().mean(1) >= _SOUND)
@@ -380,7 +385,7 @@ class Far(SolvedForecaster):
                 part = slice(segment.start, segment.stop)
                 moved = (rows_RCD[:, -1, part] - rows_RCD[:, 0, part]).double().square().mean().sqrt()
                 scale_S[segment.slot] = moved if moved > 0 else 1.0
-            self._leap = _Leap(forecaster=leap, rows_RCD=rows_RCD, scale_S=scale_S, width_SH=None)
+            self._leap = _Leap(forecaster=leap, rows=rows, scale_S=scale_S, width_SH=None)
 
     def _identify(self, problem: Problem, sums: Runs) -> None:
         prefix_RCD, truth_RHD = sums.prefix_RCD, sums.truth_RHD
@@ -576,7 +581,7 @@ class Far(SolvedForecaster):
             own = {key.removeprefix("leap."): value for key, value in tensors.items() if key.startswith("leap.")}
             width_SH = stored("far", tensors, "leap_width", (len(problem.layout.floats), horizons))
             leap = LossLfd.restore(LossLfd.Config(), problem, own)
-            fitted._leap = _Leap(forecaster=leap, rows_RCD=None, scale_S=torch.ones(len(width_SH)), width_SH=width_SH)
+            fitted._leap = _Leap(forecaster=leap, rows=None, scale_S=torch.ones(len(width_SH)), width_SH=width_SH)
         parts = {key.removeprefix("lfd2."): value for key, value in tensors.items() if key.startswith("lfd2.")}
         grouped = "delta" in parts and len(parts["delta"]) > 1
         inner = _lfd2("tensor" if grouped else "none", intervals="width" in parts)

@@ -1,15 +1,16 @@
 """loss-lfd: a leap along a run's own recent motion, fitted on loss instead of on future weights.
 
-Shape suffixes: B runs of a block, R training runs, D coordinates, H horizons, S tensors, J = 3 displacements.
+Shape suffixes: B runs of a block, R training runs, D coordinates, H horizons, S tensors, J = 3 or 4 displacements.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self, final
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from farcli.config import format_size
 from farcli.errors import ResourceError, UsageError
@@ -35,17 +36,23 @@ _SAFE = 0.95
 """The share of runs left out that should not be worse off."""
 _ROWS = 4
 """w_0, w_{n−2}, w_{n−1}, w_n."""
-_WORK = 24
+_WORK = 28
 """Vectors that fitting and judging one run take beside the rows, the network's own apart; measured."""
 
 
 @final
 class PrefixRows(Sums):
-    """The four snapshots of every run, by position: what other parts hold is 0 here, so parts add up."""
+    """Four snapshots of every run, and how far it moves after; by position: other parts hold 0 here, so parts add up.
+
+    Attributes:
+        rows_RCD: w_0, w_{n−2}, w_{n−1}, w_n.
+        moved_RD: w at the last target step less w_n.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.require_room(problem)
         self.rows_RCD = torch.zeros(problem.runs, _ROWS, problem.coordinates)
+        self.moved_RD = torch.zeros(problem.runs, problem.coordinates)
 
     @staticmethod
     def require_room(problem: Problem) -> None:
@@ -54,7 +61,7 @@ class PrefixRows(Sums):
         Raises:
             ResourceError: names the largest D.
         """
-        need_each = 4 * (_ROWS * problem.runs + _WORK)
+        need_each = 4 * ((_ROWS + 1) * problem.runs + _WORK)
         if need_each * problem.coordinates > problem.memory:
             raise ResourceError(
                 f"loss-lfd: {problem.runs} runs of D = {problem.coordinates} parameters need "
@@ -64,36 +71,80 @@ class PrefixRows(Sums):
             )
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
-        """Take one block in; the future is not looked at."""
+        """Take one block in."""
         stop = min(prefix.start + prefix.weights_BCD.shape[-1], self.rows_RCD.shape[-1])
-        width = max(0, stop - prefix.start)
+        width, runs_B = max(0, stop - prefix.start), list(prefix.runs_B)
         own_BCD = _four(prefix)[..., :width].cpu().float()
-        self.rows_RCD[list(prefix.runs_B), :, prefix.start : prefix.start + width] = own_BCD
+        self.rows_RCD[runs_B, :, prefix.start : prefix.start + width] = own_BCD
+        moved_BD = truth_BHD[:, -1, :width].cpu().float() - own_BCD[:, -1]
+        self.moved_RD[runs_B, prefix.start : prefix.start + width] = moved_BD
 
     def merge(self, other: Any) -> None:
         """Take in another part's runs."""
         self.rows_RCD += other.rows_RCD
+        self.moved_RD += other.moved_RD
 
     @property
     def finite(self) -> bool:
         """Whether every number is finite."""
-        return bool(self.rows_RCD.sum().isfinite())
+        return bool(self.rows_RCD.sum().isfinite()) and bool(self.moved_RD.sum().isfinite())
+
+    def drift(self, runs: Sequence[int], start: int = 0, stop: int | None = None) -> "Drift":
+        """How some runs move on average, of the coordinates from `start` to `stop`."""
+        own_RD = self.moved_RD[:, start:stop]
+        total_D = own_RD.new_zeros(own_RD.shape[-1])
+        for run in runs:  # one by one: choosing them would copy them all
+            total_D += own_RD[run]
+        return Drift(moved_RD=own_RD, runs=frozenset(runs), total_D=total_D)
+
+    @property
+    def drift_explains(self) -> float:
+        """The share of runs' motion, squared, that the mean motion of the others forecasts; below 0: it misleads."""
+        runs = len(self.moved_RD)
+        own = sum(_square(own_D) for own_D in self.moved_RD)
+        total = _square(self.drift(range(runs)).total_D)
+        return 1 - (runs**2 * own - runs * total) / ((runs - 1) ** 2 * own) if own else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """The mean motion of some runs.
+
+    Attributes:
+        moved_RD: of every run.
+        runs: which are meant.
+        total_D: the sum of theirs.
+    """
+
+    moved_RD: Tensor
+    runs: frozenset[int]
+    total_D: Tensor
+
+    def without(self, run: int) -> Tensor:
+        """Of those that are meant but `run`: [D]."""
+        if run in self.runs:
+            return (self.total_D - self.moved_RD[run]).div_(len(self.runs) - 1)
+        return self.total_D / len(self.runs)
 
 
 @final
 class LossLfd(SolvedForecaster):
-    """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}), with a, b, c of each tensor.
+    """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}) + d δ, with a, b, c, d of each tensor.
 
-    Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches of their training data;
-    held-out data, which `eval` reports on, are never looked at. The descent begins where one displacement leads to,
-    doubled for as long as that lowers the loss, and its rate is in units of that length: a leap may be a hundred times
-    as long as the context. No future weights are needed, and the forecast is the same at every step: where loss is
-    least along these directions. Runs are left out in up to 4 folds, and their loss is taken on batches of its own,
+    δ is the drift: how far the training runs move on average from w_n to the last target step, a run itself left out.
+    Fine-tunings of one pretrained network share much of their way. Where the drift of the other runs is no better a
+    forecast of a run's motion than none, as with networks that begin anywhere, there is no d.
+
+    Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches that no run was trained on
+    where the workload has so many, else on training data; held-out data, which `eval` reports on, are never looked at.
+    The descent begins where one displacement leads to, doubled for as long as that lowers the loss, and its rate is in
+    units of that length: a leap may be a hundred times as long as the context. The forecast is the same at every step:
+    where loss is least along these directions. Runs are left out in up to 4 folds, and their loss is taken on others,
     held back from training where the workload holds any back: of the whole leap and shorter ones that is chosen which
     lowers it most, among those that leave 95 % of the runs no worse; where none lowers it by one standard error,
-    a = b = c = 0 and w_n is kept.
+    all are 0 and w_n is kept.
 
-    Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and two more.
+    Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and three more.
     Differs: no target step; BatchNorm statistics are those at w_n.
     """
 
@@ -120,7 +171,10 @@ class LossLfd(SolvedForecaster):
         self._loss: TrainingLoss | None = None
         self._problem: Problem | None = None
         self._theta_SJ: Tensor | None = None
-        self._without: dict[int, Tensor] = {}
+        self._drift_D: Tensor | None = None
+        self._explains = 0.0
+        self._without: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
+        """Coefficients fitted without a run, and the runs they were fitted on."""
         self._gain = (float("nan"), float("nan"))
 
     @property
@@ -176,17 +230,18 @@ class LossLfd(SolvedForecaster):
     def solved(self, problem: Problem, sums: PrefixRows) -> Self:
         """Fit on all runs, and on folds of them to see whether it helps."""
         rows_RCD, runs = sums.rows_RCD, problem.runs
-        folds, segments = min(_FOLDS, runs), problem.layout.segments(0, problem.coordinates)
-        without: dict[int, Tensor] = {}
+        fitted = type(self)(self._config)
+        fitted._loss, fitted._problem, fitted._explains = self._loss, problem, sums.drift_explains
+        folds = min(_FOLDS, runs)
         for fold in range(folds):
             out = range(fold, runs, folds)
-            theta_SJ = self._descended(problem, rows_RCD, [run for run in range(runs) if run not in out])
-            without |= dict.fromkeys(out, theta_SJ)
+            inside = tuple(run for run in range(runs) if run not in out)
+            fitted._without |= dict.fromkeys(out, (fitted._descended(problem, sums, inside), inside))
         kept_R = [self.loss_at(rows_RCD[run, -1], run) for run in range(runs)]
         gain_QR = torch.tensor(
             [
                 [
-                    kept - self.loss_at(_leapt(rows_RCD[run], segments, share * without[run]), run)
+                    kept - self.loss_at(fitted.leapt_without(sums, run, share=share), run)
                     for run, kept in enumerate(kept_R)
                 ]
                 for share in _SHRUNK
@@ -197,45 +252,57 @@ class LossLfd(SolvedForecaster):
         allowed_Q = torch.where(safe_Q == safe_Q.max(), torch.nan_to_num(gain_QR.mean(1), nan=-torch.inf), -torch.inf)
         gain_R, share = gain_QR[allowed_Q.argmax()], _SHRUNK[int(allowed_Q.argmax())]
         error = float(gain_R.std() / math.sqrt(runs))
-        fitted = type(self)(self._config)
-        fitted._loss, fitted._problem, fitted._gain = self._loss, problem, (float(gain_R.mean()), error)
+        fitted._gain = (float(gain_R.mean()), error)
         if not fitted._gain[0] > error:  # NaN included
             share = 0.0
-        fitted._theta_SJ = share * self._descended(problem, rows_RCD, range(runs)).double()
-        fitted._without = {run: share * theta_SJ for run, theta_SJ in without.items()}
+        fitted._theta_SJ = share * fitted._descended(problem, sums, range(runs)).double()
+        fitted._without = {run: (share * theta_SJ, inside) for run, (theta_SJ, inside) in fitted._without.items()}
+        if fitted._drifts:
+            fitted._drift_D = sums.drift(range(runs)).total_D / runs
         return fitted
 
-    def leapt_without(self, rows_CD: Tensor, run: int, start: int = 0) -> Tensor:
+    @property
+    def _drifts(self) -> bool:
+        return self._explains > 0
+
+    def leapt_without(
+        self, sums: PrefixRows, run: int, start: int = 0, stop: int | None = None, share: float = 1.0
+    ) -> Tensor:
         """What a leap fitted without it says of a training run, just after the fit.
 
         Args:
-            rows_CD: its four snapshots, of the coordinates from `start` on.
+            sums: all runs.
             run: its position.
             start: of the first coordinate.
+            stop: of the last coordinate, and one more; all of them where it is not given.
+            share: of the leap.
 
         Returns:
             Weights of shape [D].
         """
-        layout = require_fitted("loss-lfd", self._problem).layout
-        return _leapt(rows_CD, layout.segments(start, start + rows_CD.shape[-1]), self._without[run])
+        theta_SJ, inside = self._without[run]
+        rows_CD = sums.rows_RCD[run, :, start:stop]
+        segments = require_fitted("loss-lfd", self._problem).layout.segments(start, start + rows_CD.shape[-1])
+        drift_D = sums.drift(inside, start, stop).without(run) if self._drifts else None
+        return _leapt(rows_CD, segments, share * theta_SJ, drift_D)
 
-    def _descended(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
-        config, loss = self._config, require_fitted("loss-lfd", self._loss)
-        segments = problem.layout.segments(0, problem.coordinates)
-        theta_SJ = self._begun(problem, rows_RCD, runs).requires_grad_()
+    def _descended(self, problem: Problem, sums: PrefixRows, runs: Sequence[int]) -> Tensor:
+        config, loss, lost_by = (
+            self._config,
+            require_fitted("loss-lfd", self._loss),
+            self._objective(problem, sums, runs),
+        )
+        theta_SJ = self._begun(problem, lost_by, runs).requires_grad_()
         lr = config.lr * max(1.0, float(theta_SJ.detach().abs().max()))
         optimizer = torch.optim.Adam([theta_SJ], lr=lr)
         generator = torch.Generator().manual_seed(config.seed)
         best = theta_SJ.detach().clone()
-        room_JD = torch.empty(3, problem.coordinates)
         for update in range(config.updates):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * update / config.updates)) / 2
             optimizer.zero_grad()
             total = torch.zeros(())
             for place in torch.randint(len(runs) * loss.fitting, (config.batch,), generator=generator).tolist():
-                run = runs[place // loss.fitting]
-                leapt_D = _leapt(rows_RCD[run], segments, theta_SJ, room_JD)
-                lost = loss.at(leapt_D, run, place % loss.fitting) / config.batch
+                lost = lost_by(theta_SJ, runs[place // loss.fitting], place % loss.fitting) / config.batch
                 lost.backward()  # one by one: only one run's passes are held
                 total += lost.detach()
             if not bool(total.isfinite()):
@@ -244,22 +311,31 @@ class LossLfd(SolvedForecaster):
             optimizer.step()
         return best
 
-    @torch.no_grad()
-    def _begun(self, problem: Problem, rows_RCD: Tensor, runs: Sequence[int]) -> Tensor:
-        """Where the descent begins: along one displacement, doubled for as long as that lowers the loss, or at 0."""
+    def _objective(
+        self, problem: Problem, sums: PrefixRows, runs: Sequence[int]
+    ) -> Callable[[Tensor, int, int], Tensor]:
+        """The loss of one run's batch, by coefficients, of a leap that knows these runs."""
         loss, segments = require_fitted("loss-lfd", self._loss), problem.layout.segments(0, problem.coordinates)
-        room_JD = torch.empty(3, problem.coordinates)
+        drift = sums.drift(runs) if self._drifts else None
+        room_JD = torch.empty(4 if drift else 3, problem.coordinates)
+
+        def lost_by(theta_SJ: Tensor, run: int, batch: int) -> Tensor:
+            drift_D = drift.without(run) if drift else None
+            return loss.at(_leapt(sums.rows_RCD[run], segments, theta_SJ, drift_D, room_JD), run, batch)
+
+        return lost_by
+
+    @torch.no_grad()
+    def _begun(self, problem: Problem, lost_by: Callable[[Tensor, int, int], Tensor], runs: Sequence[int]) -> Tensor:
+        """Where the descent begins: along one displacement, doubled for as long as that lowers the loss, or at 0."""
+        fitting = require_fitted("loss-lfd", self._loss).fitting
 
         def lost(theta_SJ: Tensor) -> float:
-            total = 0.0
-            for run in runs:
-                leapt_D = _leapt(rows_RCD[run], segments, theta_SJ, room_JD)
-                total += float(loss.at(leapt_D, run, run % loss.fitting))
-            return total
+            return sum(float(lost_by(theta_SJ, run, run % fitting)) for run in runs)
 
-        begun_SJ = torch.zeros(len(problem.layout.floats), 3)
+        begun_SJ = torch.zeros(len(problem.layout.floats), 4 if self._drifts else 3)
         least = kept = lost(begun_SJ)
-        for column in range(3):
+        for column in range(begun_SJ.shape[1]):
             theta_SJ, before = torch.zeros_like(begun_SJ), kept
             theta_SJ[:, column] = 1.0
             while (now := lost(theta_SJ)) < before:
@@ -276,19 +352,21 @@ class LossLfd(SolvedForecaster):
         return sum(float(loss.at(weights_D, run, batch)) for batch in judging) / len(judging)
 
     def notes(self) -> dict[str, str | float | list[float]]:
-        """How much lower the loss of runs left out was at the forecast than at w_n, and its standard error."""
+        """How much lower the loss of runs left out was at the forecast than at w_n; its error; what drift explains."""
         mean, error = self._gain
         found: dict[str, str | float | list[float]] = {"gain_left_out": mean, "gain_error": error}
+        if self._drifts:
+            found["drift_explains"] = self._explains
         if not require_fitted("loss-lfd", self._theta_SJ).any():
             found["because"] = "no gain on runs left out: w_n is kept"
         return found
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
-        """a, b, c of each tensor."""
+        """a, b, c of each tensor, and d where there is a drift."""
         problem = require_fitted("loss-lfd", self._problem)
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
         return [
-            {"tensor": slot.name, **dict(zip("abc", row, strict=True))}
+            {"tensor": slot.name, **dict(zip("abcd", row, strict=False))}
             for slot, row in zip(problem.layout.floats, theta_SJ.tolist(), strict=True)
         ]
 
@@ -306,20 +384,34 @@ class LossLfd(SolvedForecaster):
                 "Fit again with that step in --to.",
             )
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
-        leapt_BD = _leapt(_four(prefix), prefix.segments, theta_SJ)
+        leapt_BD = _leapt(_four(prefix), prefix.segments, theta_SJ, self._drift_of(prefix))
         return leapt_BD[:, None].repeat(1, len(steps_H), 1)
 
+    def _drift_of(self, prefix: Prefix) -> Tensor | None:
+        """The drift of a block's coordinates; 0 for buffers."""
+        if self._drift_D is None:
+            return None
+        own_D = self._drift_D[prefix.start : prefix.start + prefix.weights_BCD.shape[-1]]
+        return pad(own_D, (0, prefix.weights_BCD.shape[-1] - len(own_D))).to(prefix.weights_BCD)
+
     def tensors(self) -> dict[str, Tensor]:
-        """a, b, c of each tensor, float64 [S, 3]; the gain on runs left out and its standard error."""
+        """Coefficients of each tensor, float64 [S, J]; the gain on runs left out and its error; the drift, [D]."""
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
-        return {"theta": theta_SJ.contiguous(), "gain": torch.tensor(self._gain, dtype=torch.float64)}
+        found = {"theta": theta_SJ.contiguous(), "gain": torch.tensor(self._gain, dtype=torch.float64)}
+        if self._drift_D is None:
+            return found
+        return found | {"drift": self._drift_D, "explains": torch.tensor([self._explains], dtype=torch.float64)}
 
     @classmethod
     def restore(cls, config: Config, problem: Problem, tensors: Mapping[str, Tensor]) -> Self:
         """The forecaster that `tensors` came from."""
         fitted = cls(config)
         fitted._problem = problem
-        fitted._theta_SJ = stored("loss-lfd", tensors, "theta", (len(problem.layout.floats), 3))
+        if "drift" in tensors:
+            fitted._drift_D = stored("loss-lfd", tensors, "drift", (problem.coordinates,)).float()
+            fitted._explains = float(stored("loss-lfd", tensors, "explains", (1,)))
+        columns = 4 if "drift" in tensors else 3
+        fitted._theta_SJ = stored("loss-lfd", tensors, "theta", (len(problem.layout.floats), columns))
         mean, error = stored("loss-lfd", tensors, "gain", (2,)).tolist()
         fitted._gain = (mean, error)
         return fitted
@@ -331,16 +423,29 @@ def _four(prefix: Prefix) -> Tensor:
     return prefix.weights_BCD[:, [0, last - 2, last - 1, last]]
 
 
-def _leapt(rows_XCD: Tensor, segments: Sequence[Segment], theta_SJ: Tensor, room_XJD: Tensor | None = None) -> Tensor:
+def _square(values_D: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values_D, dtype=torch.float64)) ** 2
+
+
+def _leapt(
+    rows_XCD: Tensor,
+    segments: Sequence[Segment],
+    theta_SJ: Tensor,
+    drift_D: Tensor | None = None,
+    room_JD: Tensor | None = None,
+) -> Tensor:
     """The forecast from four snapshots of a run, or of several; gradients flow to the coefficients: [D] or [B, D].
 
-    Displacements are made in `room_XJD` where that is given, anew for each call: of large networks, new memory takes
+    Displacements are made in `room_JD` where that is given, anew for each call: of large networks, new memory takes
     longer than what is done with it.
     """
     last_XD = rows_XCD[..., 3, :]
-    moved_XJD = rows_XCD.new_empty((*last_XD.shape[:-1], 3, last_XD.shape[-1])) if room_XJD is None else room_XJD
+    shape = (*last_XD.shape[:-1], theta_SJ.shape[1], last_XD.shape[-1])
+    moved_XJD = rows_XCD.new_empty(shape) if room_JD is None else room_JD
     for column, row in enumerate((0, 2, 1)):
         torch.sub(last_XD, rows_XCD[..., row, :], out=moved_XJD[..., column, :])
+    if drift_D is not None:
+        moved_XJD[..., 3, :] = drift_D
     theta_SJ = theta_SJ.to(moved_XJD)
     parts = [theta_SJ[part.slot] @ moved_XJD[..., part.start : part.stop] for part in segments]
     return last_XD + torch.cat(parts, dim=-1)

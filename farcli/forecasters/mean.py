@@ -1,4 +1,4 @@
-"""The mean of the training runs' future weights, whatever the prefix shows."""
+"""What does not look at the prefix: the training runs' mean weights at the target step, and their mean motion."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,16 @@ from farcli.forecasters.base import (
 
 @final
 class MeanSums(Sums):
-    """Per coordinate and target step, the sum over runs of truth / runs: the mean itself, when all are in."""
+    """Per coordinate and target step, the sum over runs of truth / runs: the mean itself, when all are in.
 
-    def __init__(self, problem: Problem) -> None:
+    Args:
+        problem: what is fitted.
+        moved: whether of truth less w_n instead.
+    """
+
+    def __init__(self, problem: Problem, *, moved: bool = False) -> None:
         self._runs = problem.runs
+        self._moved = moved
         self.seen = 0
         """(run, coordinate) pairs taken in."""
         self.mean_HD = torch.zeros(len(problem.steps_H), problem.coordinates, dtype=torch.float64)
@@ -35,9 +41,12 @@ class MeanSums(Sums):
         """Take one block in."""
         stop = min(prefix.start + truth_BHD.shape[-1], self.mean_HD.shape[-1])
         width = max(stop - prefix.start, 0)
-        # MPS has no float64.
-        truth_BHD = (truth_BHD.cpu() if truth_BHD.device.type == "mps" else truth_BHD)[..., :width]
-        total_HD = truth_BHD.sum(0, dtype=torch.float64)
+        last_BD = prefix.weights_BCD[:, -1]
+        if truth_BHD.device.type == "mps":  # it has no float64
+            truth_BHD, last_BD = truth_BHD.cpu(), last_BD.cpu()
+        total_HD = truth_BHD[..., :width].sum(0, dtype=torch.float64)
+        if self._moved:
+            total_HD -= last_BD[..., :width].sum(0, dtype=torch.float64)
         self.mean_HD[:, prefix.start : stop] += total_HD.div_(self._runs).cpu()
         self.seen += len(prefix.runs_B) * width
 
@@ -52,17 +61,12 @@ class MeanSums(Sums):
         return bool(self.mean_HD.sum().isfinite())
 
 
-@final
-class Mean(SolvedForecaster):
-    """ŵ_h = mean over training runs of w_h, per coordinate; w_n for coordinates that were not fitted.
+class Climatology(SolvedForecaster):
+    """A mean over training runs, per coordinate and target step; w_n for coordinates that were not fitted."""
 
-    The yardstick for runs that start alike or converge to one point: on Gradient Flow Matching's
-    synthetic task it beats most published figures (SCIENCE, section 7).
-
-    Source: the climatological mean of forecast verification.
-    """
-
-    reference = "climatology: the training runs' mean weights at the target step"
+    name: str
+    moved: bool
+    """Whether of how far they move from w_n, else of where they are."""
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class Config:
@@ -89,25 +93,25 @@ class Mean(SolvedForecaster):
 
     @property
     def min_context(self) -> int:
-        """One snapshot, which is not looked at."""
+        """One snapshot."""
         return 1
 
     def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
-        """The last one, for coordinates that were not fitted."""
+        """The last one."""
         return (steps_C[-1],)
 
     def sums(self, problem: Problem) -> MeanSums:
         """Empty sums: H × D float64 numbers."""
-        require_future("mean", self.min_context, problem.steps_C, problem.steps_H)
+        require_future(self.name, self.min_context, problem.steps_C, problem.steps_H)
         horizons, size = len(problem.steps_H), problem.coordinates
         if (need := horizons * size * 8) > problem.memory:
             raise ResourceError(
-                f"mean: {horizons} target steps of D = {size} parameters need {format_size(need)}, but the budget is "
-                f"{format_size(problem.memory)}, which allows D = {problem.memory // (8 * horizons)} for {horizons} "
-                f"target steps, or {problem.memory // (8 * size)} target steps for this D.",
+                f"{self.name}: {horizons} target steps of D = {size} parameters need {format_size(need)}, but the "
+                f"budget is {format_size(problem.memory)}, which allows D = {problem.memory // (8 * horizons)} for "
+                f"{horizons} target steps, or {problem.memory // (8 * size)} target steps for this D.",
                 "Raise --memory, or forecast fewer steps with --to.",
             )
-        return MeanSums(problem)
+        return MeanSums(problem, moved=self.moved)
 
     def solved(self, problem: Problem, sums: MeanSums) -> Self:
         """The forecaster of these means."""
@@ -120,31 +124,61 @@ class Mean(SolvedForecaster):
         return fitted
 
     def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
-        """The means at these steps, the same for every run: [B, H, D]."""
-        prefix.require("mean", self.min_context, steps_H)
-        problem, mean_HD = require_fitted("mean", self._fit)
-        problem.require_layout("mean", prefix.layout)
+        """Weights [B, H, D]."""
+        prefix.require(self.name, self.min_context, steps_H)
+        problem, mean_HD = require_fitted(self.name, self._fit)
+        problem.require_layout(self.name, prefix.layout)
         missing = next((step for step in steps_H if step not in problem.steps_H), None)
         if missing is not None:
             raise UsageError(
-                f"mean was fitted to forecast steps {', '.join(map(str, problem.steps_H))}; "
+                f"{self.name} was fitted to forecast steps {', '.join(map(str, problem.steps_H))}; "
                 f"step {missing} is not among them."
             )
         forecast_BHD = prefix.weights_BCD[:, -1:].repeat(1, len(steps_H), 1)
         stop = min(prefix.start + forecast_BHD.shape[-1], mean_HD.shape[-1])
         if stop > prefix.start:
             rows_H = [problem.steps_H.index(step) for step in steps_H]
-            forecast_BHD[..., : stop - prefix.start] = mean_HD[rows_H, prefix.start : stop].to(
-                forecast_BHD.dtype  # cast on the CPU: MPS has no float64
-            )
+            mean_HD = mean_HD[rows_H, prefix.start : stop].to(forecast_BHD.dtype)  # on the CPU: MPS has no float64
+            own_BHD = forecast_BHD[..., : stop - prefix.start]
+            own_BHD.copy_(own_BHD + mean_HD.to(own_BHD.device) if self.moved else mean_HD.expand_as(own_BHD))
         return forecast_BHD
 
     def tensors(self) -> dict[str, Tensor]:
         """The means, float64 [H, D]."""
-        return {"mean": require_fitted("mean", self._fit)[1]}
+        return {"mean": require_fitted(self.name, self._fit)[1]}
 
     @classmethod
     def restore(cls, config: Config, problem: Problem, tensors: Mapping[str, Tensor]) -> Self:
         """The forecaster that `tensors` came from."""
         shape = (len(problem.steps_H), problem.coordinates)
-        return cls(config)._with(problem, stored("mean", tensors, "mean", shape))
+        return cls(config)._with(problem, stored(cls.name, tensors, "mean", shape))
+
+
+@final
+class Mean(Climatology):
+    """ŵ_h = mean over training runs of w_h, whatever the prefix shows.
+
+    The yardstick for runs that start alike or converge to one point: on Gradient Flow Matching's
+    synthetic task it beats most published figures (SCIENCE, section 7).
+
+    Source: the climatological mean of forecast verification.
+    """
+
+    name = "mean"
+    moved = False
+    reference = "climatology: the training runs' mean weights at the target step"
+
+
+@final
+class Drift(Climatology):
+    """ŵ_h = w_n + mean over training runs of (w_h − w_n).
+
+    The yardstick for runs that go one way from wherever they are, as fine-tunings of one pretrained network do.
+
+    Source: the drift method of forecasting (Hyndman and Athanasopoulos, Forecasting: Principles and Practice, 5.2).
+    Differs: the mean motion is that of other runs after w_n, not the run's own before.
+    """
+
+    name = "drift"
+    moved = True
+    reference = "climatology: w_n moved on by the training runs' mean motion"

@@ -3,6 +3,7 @@
 FORECASTERS = {
     "persistence": "farcli.forecasters.persistence:Persistence",
     "mean": "farcli.forecasters.mean:Mean",
+    "drift": "farcli.forecasters.mean:Drift",
     "linear": "farcli.forecasters.linear:Linear",
     "quadratic": "farcli.forecasters.quadratic:Quadratic",
     "lsq-line": "farcli.forecasters.lsq_line:LsqLine",

@@ -25,7 +25,7 @@ from farcli.evaluation import (
 )
 from farcli.fitting.solving import solve
 from farcli.forecasters.base import Coupling, Problem
-from farcli.forecasters.mean import Mean
+from farcli.forecasters.mean import Climatology, Drift, Mean
 from farcli.forecasting import (
     Method,
     TrainingData,
@@ -41,7 +41,8 @@ from farcli.store import Trajectory, is_store
 from farcli.stream import Source, Stream, resolve_device
 from farcli.verbs.weighed import Weighed, weighed_rows
 
-YARDSTICKS = ("persistence", "mean", "linear", "quadratic", "lsq-line")
+CLIMATOLOGIES: dict[str, type[Climatology]] = {"mean": Mean, "drift": Drift}
+YARDSTICKS = ("persistence", "mean", "drift", "linear", "quadratic", "lsq-line")
 HORIZONS = 6
 """Horizons shown where nothing says which."""
 
@@ -463,13 +464,16 @@ def _choose_steps(
 def _yardsticks(named: Sequence[Candidate], setting: Setting, train_runs: str | None, warn: Warn) -> list[Candidate]:
     """The trivial forecasts that stand beside every other, without those the user named."""
     plain = {candidate.method.source for candidate in named if candidate.method is not None}
+    labels = {candidate.label for candidate in named}
     found = []
+    training: tuple[TrainingData, ...] | None = None
     for name in YARDSTICKS:
-        if name in plain or (name == "mean" and any(candidate.label == "mean" for candidate in named)):
+        if name in plain or (name in CLIMATOLOGIES and name in labels):
             continue
-        if name == "mean":
-            mean = _mean(named, setting, train_runs, warn)
-            found += [mean] if mean is not None else []
+        if name in CLIMATOLOGIES:
+            if training is None:
+                training = _averaged(named, setting, train_runs, warn)
+            found += _climatology(CLIMATOLOGIES[name], training, setting, warn) if training else []
             continue
         forecaster = build(name, {})
         if forecaster.min_context > len(setting.prefix):
@@ -485,8 +489,10 @@ def _yardsticks(named: Sequence[Candidate], setting: Setting, train_runs: str | 
     return found
 
 
-def _mean(named: Sequence[Candidate], setting: Setting, train_runs: str | None, warn: Warn) -> Candidate | None:
-    """The train mean of the targets: of the runs a forecaster was fitted on, or of --train-runs."""
+def _averaged(
+    named: Sequence[Candidate], setting: Setting, train_runs: str | None, warn: Warn
+) -> tuple[TrainingData, ...]:
+    """What means are taken over: the runs a forecaster was fitted on, or --train-runs; nothing where that cannot be."""
     truth = setting.truth
     if train_runs is not None:
         runs = parse_selection(train_runs, truth.runs, "--train-runs")
@@ -496,19 +502,29 @@ def _mean(named: Sequence[Candidate], setting: Setting, train_runs: str | None, 
         training = (TrainingData.of(Source(trajectory=truth, runs=tuple(runs))),)
     else:
         training = next((candidate.training for candidate in named if candidate.training), ())
+    left_out = f"{' and '.join(CLIMATOLOGIES)} of training runs are left out"
     if not training:
-        warn("the train mean is left out: no forecaster was fitted; name runs to average with --train-runs.")
-        return None
+        warn(f"{left_out}: no forecaster was fitted; name runs to average with --train-runs.")
+        return ()
     sources = reopen(training, truth)
     if sources is None:
-        warn(f"the train mean is left out: the training store {training[0].path} is not there any more.")
-        return None
+        warn(f"{left_out}: the training store {training[0].path} is not there any more.")
+        return ()
     if any(set(setting.steps_H) - set(source.trajectory.steps) for source in sources):
-        warn("the train mean is left out: the training stores do not hold all of these steps.")
-        return None
+        warn(f"{left_out}: the training stores do not hold all of these steps.")
+        return ()
     if any(source.trajectory.layout != truth.layout for source in sources):
-        warn("the train mean is left out: the training stores hold another network.")
-        return None
+        warn(f"{left_out}: the training stores hold another network.")
+        return ()
+    return training
+
+
+def _climatology(
+    kind: type[Climatology], training: tuple[TrainingData, ...], setting: Setting, warn: Warn
+) -> list[Candidate]:
+    """A mean over training runs; nothing where memory is too small for it."""
+    truth, sources = setting.truth, reopen(training, setting.truth)
+    assert sources is not None
     problem = Problem(
         layout=truth.layout,
         coordinates=truth.layout.parameters,
@@ -528,19 +544,19 @@ def _mean(named: Sequence[Candidate], setting: Setting, train_runs: str | None, 
         share=0.5,
     )
     try:
-        forecaster = solve(Mean(Mean.Config()), problem, lambda: ((b.prefix, b.truth_BHD) for b in stream), report=None)
+        forecaster = solve(kind(kind.Config()), problem, lambda: ((b.prefix, b.truth_BHD) for b in stream), report=None)
     except ResourceError as error:
-        warn(f"the train mean is left out: {error}")
-        return None
+        warn(f"the yardstick {kind.name} is left out: {error}")
+        return []
     method = Method(
-        label="mean",
-        source="mean",
+        label=kind.name,
+        source=kind.name,
         forecaster=forecaster,
         context=(setting.origin,),
         targets=setting.steps_H,
         training=training,
     )
-    return Candidate(label="mean", role="yardstick", method=method, stored=None, training=training)
+    return [Candidate(label=kind.name, role="yardstick", method=method, stored=None, training=training)]
 
 
 def parse_limits(texts: Sequence[str], flag: str) -> dict[str, float]:

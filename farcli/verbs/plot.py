@@ -15,6 +15,7 @@ FORMATS = (".png", ".svg", ".pdf")
 _STYLE = {
     "persistence": ("#8c8c8c", "-", "keep $w_n$ (persistence)"),
     "mean": ("#b07aa1", "--", "mean of training runs"),
+    "drift": ("#d37295", "-.", "drift of training runs"),
     "linear": ("#e15759", ":", "linear"),
     "quadratic": ("#9c755f", ":", "quadratic"),
     "lsq-line": ("#f28e2b", "--", "least-squares line"),

@@ -14,8 +14,8 @@ from farcli.training import Network, threads, workload_of
 from farcli.workloads.base import Batch, Workload
 
 _BATCHES = 9
-"""Batches of each run: the first ones it was trained on. Those to judge by are held back from training instead, where
-the workload holds any back: training loss falls for ever."""
+"""Batches of each run: held back from training where the workload holds back so many, since training loss falls for
+ever. Where it holds back fewer, those to judge by are; the others are the first that the run was trained on."""
 
 
 class _Loss(nn.Module):
@@ -32,7 +32,7 @@ class _Loss(nn.Module):
 
 @final
 class WorkloadLoss(TrainingLoss):
-    """The loss of the workload that the stores were recorded from, on training batches and on what it holds back.
+    """The loss of the workload that the stores were recorded from, on what it holds back, else on training batches.
 
     In evaluation mode, with each run's BatchNorm statistics at the last observed step: as `eval` measures.
 
@@ -79,13 +79,15 @@ class WorkloadLoss(TrainingLoss):
             return functional_call(self._loss, values, (self._held[run][batch],)).sum()
 
     def _drawn(self, seed: int) -> list[Batch]:
-        batches = self._workload.batches([seed])
-        found = [next(batches) for _ in range(_BATCHES)]
         try:
-            held_back = self._workload.verification(seed, 0, JUDGING)
+            fresh = self._workload.verification(seed, 0, _BATCHES)
+            if len(fresh) == _BATCHES:
+                return list(fresh)
+            judging = self._workload.verification(seed, 0, JUDGING)
         except UsageError:
-            return found
-        return found[: _BATCHES - len(held_back)] + list(held_back)
+            judging = []
+        batches = self._workload.batches([seed])
+        return [next(batches) for _ in range(_BATCHES - len(judging))] + list(judging)
 
 
 def training_loss(sources: Sequence[Source], step: int) -> WorkloadLoss | None:

@@ -252,6 +252,7 @@ def test_description(name: str, options: dict[str, Any]) -> None:
         ("lfd2", {"beta": -0.1}, "beta = -0.1"),
         ("lfd2", {"ridge": float("nan")}, "ridge = nan"),
         ("loss-lfd", {"updates": 0}, "updates = 0"),
+        ("far", {"updates": 0}, "updates = 0"),
         ("loss-lfd", {"lr": 0.0}, "lr = 0.0"),
         ("far", {"optimizer": "adam"}, "expected a learning rate above 0"),
         ("lfd2", {"max_passes": 0}, "max_passes = 0"),

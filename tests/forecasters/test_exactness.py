@@ -48,6 +48,11 @@ def common_future(numbers_B3D: Tensor, steps: tuple[int, ...]) -> Tensor:
     return torch.stack(rows, dim=1)
 
 
+def common_motion(numbers_B3D: Tensor, steps: tuple[int, ...]) -> Tensor:
+    """Runs that are apart and all go one way."""
+    return torch.stack([numbers_B3D[:, 0] + math.sin(0.1 * step) * numbers_B3D[:1, 1] for step in steps], dim=1)
+
+
 def geometric(numbers_B3D: Tensor, steps: tuple[int, ...]) -> Tensor:
     """w(t) = limit + amplitude·e^(−rate·t), each coordinate with its own three numbers."""
     limit_BD, amplitude_BD, rate_BD = numbers_B3D.unbind(1)
@@ -73,6 +78,7 @@ EVEN = {"aitken", "dmd"}
 EXACT: list[tuple[str, dict[str, Any], Callable[[Tensor, tuple[int, ...]], Tensor]]] = [
     ("persistence", {}, polynomial(0)),
     ("mean", {}, common_future),
+    ("drift", {}, common_motion),
     ("linear", {}, polynomial(1)),
     ("linear", {"span": 0}, polynomial(1)),
     ("linear", {"span": 2}, polynomial(1)),
@@ -170,6 +176,7 @@ def test_quadratic_has_its_own_coefficient() -> None:
         ("lsq-line", {}, (1, 2, 4, 5, 7, 9)),
         ("lfd2", {}, (1, 9)),
         ("mean", {}, (9,)),
+        ("drift", {}, (9,)),
         ("ema", {}, (1, 2, 4, 5, 7, 9)),
         ("lawa", {"latest": 3}, (5, 7, 9)),
         ("aitken", {}, (5, 7, 9)),
@@ -196,11 +203,16 @@ def test_lsq_line_is_the_nearest() -> None:
     np.testing.assert_allclose(forecast, [level + slope * 90, level + slope * 41], rtol=1e-9)
 
 
-def test_mean_keeps_what_was_not_fitted(data: Data) -> None:
-    forecast_BHD = fitted(data, "mean").forecast(data.prefix(), data.steps_H[::-1])
+@pytest.mark.parametrize("name", ["mean", "drift"])
+def test_means_keep_what_was_not_fitted(data: Data, name: str) -> None:
+    forecast_BHD = fitted(data, name).forecast(data.prefix(), data.steps_H[::-1])
     fit = data.layout.parameters
     truth_BHD = data.weights_BTD[:, len(data.steps_C) :].double()
-    torch.testing.assert_close(forecast_BHD[0, :, :fit].flip(0).double(), truth_BHD[..., :fit].mean(0))
+    expected_HD = truth_BHD[..., :fit].mean(0)
+    if name == "drift":
+        last_BD = data.prefix().weights_BCD[:, -1, :fit].double()
+        expected_HD += last_BD[0] - last_BD.mean(0)
+    torch.testing.assert_close(forecast_BHD[0, :, :fit].flip(0).double(), expected_HD, rtol=1e-5, atol=1e-6)
     kept = data.prefix().weights_BCD[:, -1:, fit:].expand(-1, len(data.steps_H), -1)
     assert torch.equal(forecast_BHD[..., fit:], kept)
 

@@ -22,6 +22,7 @@ from tests.forecasters.trajectories import LAYOUT, Data, create
 
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("mean", {}),
+    ("drift", {}),
     ("lfd2", {}),
     ("lfd2", {"loss": "l1"}),
     ("lfd2", {"map": "dense"}),

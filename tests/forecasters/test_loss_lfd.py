@@ -11,7 +11,7 @@ from farcli.errors import UsageError
 from farcli.fitting.solving import solve
 from farcli.forecasters.base import Known, Prefix, Problem, TrainingLoss
 from farcli.forecasters.far import Far
-from farcli.forecasters.loss_lfd import LossLfd
+from farcli.forecasters.loss_lfd import LossLfd, PrefixRows
 from farcli.layout import layout_of
 
 LAYOUT = layout_of([("one", (3,), "float32", "parameter"), ("two", (2,), "float32", "parameter")])
@@ -32,11 +32,12 @@ class Distance(TrainingLoss):
         return (weights_D - self.points_RD[run] - kick_D).square().sum()
 
 
-def fit(rows_RCD: Tensor, loss: TrainingLoss, **options: float) -> LossLfd:
+def fit(rows_RCD: Tensor, loss: TrainingLoss, truth_RHD: Tensor | None = None, **options: float) -> LossLfd:
     problem = Problem(layout=LAYOUT, coordinates=5, runs=len(rows_RCD), steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
     config = LossLfd.Config(**options)  # pyright: ignore[reportArgumentType]
     forecaster = LossLfd(config).prepared(problem, Known(loss=lambda: loss))
-    return solve(forecaster, problem, lambda: [(prefix_of(rows_RCD), rows_RCD[:, -2:])])
+    truth_RHD = rows_RCD[:, [-1, -1]] if truth_RHD is None else truth_RHD  # no motion, no drift
+    return solve(forecaster, problem, lambda: [(prefix_of(rows_RCD), truth_RHD)])
 
 
 def prefix_of(rows_RCD: Tensor) -> Prefix:
@@ -83,6 +84,57 @@ def test_a_loss_that_is_not_finite_keeps_w_n() -> None:
     assert torch.equal(fitted.forecast(prefix_of(rows_RCD), (40,))[:, 0], rows_RCD[:, -1])
 
 
+def shared(runs: int, *, part: float, seed: int = 7) -> tuple[Tensor, Tensor]:
+    """Prefixes, and futures in which all runs go one way, but for a part of their own."""
+    rows_RCD = normal(runs, 4, 5, seed=seed)
+    own_RD = normal(runs, 5, seed=seed + 1)
+    truth_RD = rows_RCD[:, -1] + normal(5, seed=seed + 2) + part * own_RD
+    return rows_RCD, torch.stack([rows_RCD[:, -1], truth_RD], dim=1)
+
+
+def test_the_drift_of_other_runs_is_a_direction_where_runs_go_one_way() -> None:
+    rows_RCD, truth_RHD = shared(8, part=0.05)
+    last_RD = rows_RCD[:, -1]
+    drift_D = (truth_RHD[:, -1] - last_RD).mean(0)
+    fitted = fit(rows_RCD, Distance(last_RD + 1.5 * drift_D), truth_RHD, updates=300)
+    found = torch.tensor([[row[key] for key in "abcd"] for row in fitted.coefficients()])
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 0.0, 1.5]] * 2), atol=0.05, rtol=0)
+    assert 0.9 < fitted.notes()["drift_explains"] < 1  # pyright: ignore[reportOperatorIssue]
+    forecast_BHD = fitted.forecast(prefix_of(rows_RCD), STEPS_H)
+    torch.testing.assert_close(forecast_BHD[:, 0], last_RD + 1.5 * drift_D, atol=0.1, rtol=0)
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=8, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+    again = LossLfd.restore(fitted.config, problem, fitted.tensors())
+    assert torch.equal(again.forecast(prefix_of(rows_RCD), STEPS_H), forecast_BHD)
+    assert again.notes() == fitted.notes()
+    part = prefix_of(rows_RCD[:, :, 2:4])  # as blocks come
+    part = replace(part, start=2)
+    assert torch.equal(again.forecast(part, STEPS_H), forecast_BHD[..., 2:4])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_drift_explains_is_what_leaving_each_run_out_says(seed: int) -> None:
+    rows_RCD, truth_RHD = shared(6, part=(0.1, 0.5, 1.0, 2.0, 5.0)[seed], seed=10 * seed)
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=6, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+    rows = PrefixRows(problem)
+    rows.add(prefix_of(rows_RCD), truth_RHD)
+    moved_RD = truth_RHD[:, -1] - rows_RCD[:, -1]
+    left = [moved_RD[[other for other in range(6) if other != run]].mean(0) for run in range(6)]
+    for run in range(6):
+        torch.testing.assert_close(rows.drift(range(6)).without(run), left[run])
+    inside = (0, 2, 3)
+    torch.testing.assert_close(rows.drift(inside, 1, 4).without(5), moved_RD[[0, 2, 3], 1:4].mean(0))
+    torch.testing.assert_close(rows.drift(inside, 1, 4).without(2), moved_RD[[0, 3], 1:4].mean(0))
+    error, motion = (moved_RD - torch.stack(left)).square().sum(), moved_RD.square().sum()
+    assert rows.drift_explains == pytest.approx(float(1 - error / motion), abs=1e-5)
+
+
+def test_without_a_common_way_there_is_no_drift() -> None:
+    rows_RCD, truth_RHD = shared(8, part=20.0)
+    fitted = fit(rows_RCD, Distance(rows_RCD[:, -1]), truth_RHD, updates=5)
+    assert "drift" not in fitted.tensors()
+    assert {*fitted.coefficients()[0]} == {"tensor", *"abc"}
+
+
 def test_what_it_needs() -> None:
     problem = Problem(layout=LAYOUT, coordinates=5, runs=2, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
     with pytest.raises(UsageError, match="loss-lfd: the stores name no workload"):
@@ -125,6 +177,22 @@ def test_far_leaps_where_that_lowers_the_loss_of_runs_left_out() -> None:
     half_again_BHD = again.half_width(prefix_of(rows_RCD), STEPS_H)
     assert half_again_BHD is not None
     assert torch.equal(half_again_BHD, half_BHD)
+
+
+def test_far_leaps_along_the_drift_and_says_how_sure_it_is() -> None:
+    rows_RCD, truth_RHD = shared(12, part=0.05)
+    target_RD = truth_RHD[:, -1]
+    fitted = far_on(rows_RCD, torch.stack([target_RD, target_RD], dim=1), Distance(target_RD))
+    assert fitted.notes()["leaps_at"] == [40.0, 50.0]
+    prefix = prefix_of(rows_RCD)
+    forecast_BHD, half_BHD = fitted.forecast(prefix, STEPS_H), fitted.half_width(prefix, STEPS_H)
+    assert half_BHD is not None
+    torch.testing.assert_close(forecast_BHD[:, -1], target_RD, atol=0.3, rtol=0)
+    covered = ((forecast_BHD - target_RD[:, None]).abs() <= half_BHD).double().mean()
+    assert 0.85 <= float(covered) <= 1
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=12, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+    again = Far.restore(fitted.config, problem, fitted.tensors())
+    assert torch.equal(again.forecast(prefix, STEPS_H), forecast_BHD)
 
 
 def test_far_keeps_w_n_where_better_weights_have_a_higher_loss() -> None:

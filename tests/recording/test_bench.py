@@ -31,7 +31,7 @@ def test_the_interval_of_a_median_is_the_tables(count: int, rank: int):
 
 @pytest.mark.slow
 def test_rows_of_a_small_network(tmp_path: Path):
-    words = ["--workload", "digits-cnn", "--set", "width=64", "--pairs", "2", "--steps", "6", "--every", "3", "2"]
+    words = ["--workload", "digits-cnn", "--set", "width=64", "--rounds", "2", "--steps", "6", "--every", "3", "2"]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *words, "--results", str(tmp_path), "--folder", str(tmp_path)],
         capture_output=True,
@@ -49,6 +49,7 @@ def test_rows_of_a_small_network(tmp_path: Path):
         assert row["longest_stall_seconds"] >= row["copy_seconds"] > 0
         assert row["longest_stall_copies"] == pytest.approx(row["longest_stall_seconds"] / row["copy_seconds"])
         assert row["longest_copy_copies"] >= 1
+        assert row["copy_slowdown_percent"] > -100
         assert 1 <= row["snapshot_disk_bytes"] / (4 * row["parameters"]) < 1.3
         assert row["reached"] == {"slowdown": None, "stall": None}
     assert rows[0]["extra_bytes"] >= 0
