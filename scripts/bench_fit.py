@@ -70,6 +70,7 @@ FEW = ("updates=10",)
 JUDGED = ("updates=30", "validation=0.2")
 STREAMED = (
     Asked(method="mean", targets="150"),
+    Asked(method="drift", targets="150"),
     Asked(method="lfd2"),
     Asked(method="lfd2", options=("groups=tensor", "scale=tensor")),
     Asked(method="lfd2", options=("ridge=loo", "guard=true", "intervals=true")),

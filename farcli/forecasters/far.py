@@ -182,8 +182,9 @@ class Far(SolvedForecaster):
     for all tensors or one for each, whichever forecasts runs left out better.
 
     method=loss: where the runs' loss can be computed, for at most 1,000,000 parameters unless asked for: that map, or
-    the leap of `loss-lfd`, at each horizon the one that lowers the loss of runs left out more, on data that were held
-    back from training where the workload holds any back, else on training data.
+    the leap of `loss-lfd` (or the plain drift where that gains more), at each horizon the one that lowers the loss of
+    runs left out more, on data that were held back from training where the workload holds any back, else on training
+    data.
 
     Every horizon is judged on the training runs, each left out of its own forecast, by loss with method=loss and by
     squared error otherwise: where that is not below that of keeping w_n, w_n is kept. By loss it must be so by one
@@ -362,6 +363,9 @@ class Far(SolvedForecaster):
         rows_RCD, runs = rows.rows_RCD, problem.runs
         options = LossLfd.Config(updates=self._config.updates)
         leap = LossLfd(options).prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
+        alone = leap.drifting(rows)
+        if alone is not None and alone.gain_left_out > leap.gain_left_out:
+            leap = alone
         gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)
         for run in range(runs):
             kept = leap.loss_at(rows_RCD[run, -1], run)

@@ -261,6 +261,31 @@ class LossLfd(SolvedForecaster):
             fitted._drift_D = sums.drift(range(runs)).total_D / runs
         return fitted
 
+    def drifting(self, sums: PrefixRows) -> Self | None:
+        """The drift alone, d = 1, just after the fit; None where there is none, or it does not help runs left out."""
+        if not self._drifts:
+            return None
+        problem, runs = require_fitted("loss-lfd", self._problem), range(len(sums.moved_RD))
+        alone = type(self)(self._config)
+        alone._loss, alone._problem, alone._explains = self._loss, problem, self._explains
+        alone._theta_SJ = torch.zeros(len(problem.layout.floats), 4, dtype=torch.float64)
+        alone._theta_SJ[:, 3] = 1.0
+        alone._without = dict.fromkeys(runs, (alone._theta_SJ.float(), tuple(runs)))
+        alone._drift_D = self._drift_D
+        gains = [
+            self.loss_at(sums.rows_RCD[run, -1], run) - self.loss_at(alone.leapt_without(sums, run), run)
+            for run in runs
+        ]
+        gain_R = torch.tensor(gains, dtype=torch.float64)
+        alone._gain = (float(gain_R.mean()), float(gain_R.std()) / math.sqrt(len(runs)))
+        helps = alone._gain[0] > alone._gain[1] and float((gain_R >= 0).double().mean()) >= _SAFE
+        return alone if helps else None
+
+    @property
+    def gain_left_out(self) -> float:
+        """How much lower the mean loss of runs left out was at the leap than at w_n; 0 where w_n is kept."""
+        return self._gain[0] if require_fitted("loss-lfd", self._theta_SJ).any() else 0.0
+
     @property
     def _drifts(self) -> bool:
         return self._explains > 0

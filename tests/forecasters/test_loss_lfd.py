@@ -195,6 +195,18 @@ def test_far_leaps_along_the_drift_and_says_how_sure_it_is() -> None:
     assert torch.equal(again.forecast(prefix, STEPS_H), forecast_BHD)
 
 
+def test_far_takes_the_plain_drift_where_few_updates_fit_nothing_better() -> None:
+    rows_RCD, truth_RHD = shared(12, part=0.05)
+    target_RD = truth_RHD[:, -1]
+    fitted = far_on(rows_RCD, torch.stack([target_RD, target_RD], dim=1), Distance(target_RD, noise=0.5))
+    drift_D = (target_RD - rows_RCD[:, -1]).mean(0)
+    expected_RD = rows_RCD[:, -1] + drift_D
+    torch.testing.assert_close(fitted.forecast(prefix_of(rows_RCD), STEPS_H)[:, 0], expected_RD, atol=1e-5, rtol=0)
+    half_BHD = fitted.half_width(prefix_of(rows_RCD), STEPS_H)
+    assert half_BHD is not None
+    assert float(half_BHD.max()) < 1
+
+
 def test_far_keeps_w_n_where_better_weights_have_a_higher_loss() -> None:
     """All runs go on exactly as LFD-2 says, while loss is least where they are."""
     rows_RCD = normal(12, 4, 5, seed=5).cumsum(1)
