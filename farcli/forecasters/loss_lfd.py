@@ -132,8 +132,8 @@ class LossLfd(SolvedForecaster):
     """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}) + d δ, with a, b, c, d of each tensor.
 
     δ is the drift: how far the training runs move on average from w_n to the last target step, a run itself left out.
-    Fine-tunings of one pretrained network share much of their way. Where the drift of the other runs is no better a
-    forecast of a run's motion than none, as with networks that begin anywhere, there is no d.
+    Fine-tunings of one pretrained network share much of their way, networks that begin anywhere little (a head, a
+    normalisation). Where the drift of the others is no better a forecast of a run's motion than none, there is no d.
 
     Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches that no run was trained on
     where the workload has so many, else on training data; held-out data, which `eval` reports on, are never looked at.
@@ -312,11 +312,8 @@ class LossLfd(SolvedForecaster):
         return _leapt(rows_CD, segments, share * theta_SJ, drift_D)
 
     def _descended(self, problem: Problem, sums: PrefixRows, runs: Sequence[int]) -> Tensor:
-        config, loss, lost_by = (
-            self._config,
-            require_fitted("loss-lfd", self._loss),
-            self._objective(problem, sums, runs),
-        )
+        config, loss = self._config, require_fitted("loss-lfd", self._loss)
+        lost_by = self._objective(problem, sums, runs)
         theta_SJ = self._begun(problem, lost_by, runs).requires_grad_()
         lr = config.lr * max(1.0, float(theta_SJ.detach().abs().max()))
         optimizer = torch.optim.Adam([theta_SJ], lr=lr)
