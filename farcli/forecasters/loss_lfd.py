@@ -89,13 +89,13 @@ class PrefixRows(Sums):
         """Whether every number is finite."""
         return bool(self.rows_RCD.sum().isfinite()) and bool(self.moved_RD.sum().isfinite())
 
-    def drift(self, runs: Sequence[int], start: int = 0, stop: int | None = None) -> "Drift":
+    def drift(self, runs: Sequence[int], start: int = 0, stop: int | None = None) -> "MeanMotion":
         """How some runs move on average, of the coordinates from `start` to `stop`."""
         own_RD = self.moved_RD[:, start:stop]
         total_D = own_RD.new_zeros(own_RD.shape[-1])
         for run in runs:  # one by one: choosing them would copy them all
             total_D += own_RD[run]
-        return Drift(moved_RD=own_RD, runs=frozenset(runs), total_D=total_D)
+        return MeanMotion(moved_RD=own_RD, runs=frozenset(runs), total_D=total_D)
 
     @property
     def drift_explains(self) -> float:
@@ -107,8 +107,8 @@ class PrefixRows(Sums):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drift:
-    """The mean motion of some runs.
+class MeanMotion:
+    """How some runs move on average.
 
     Attributes:
         moved_RD: of every run.
@@ -229,7 +229,7 @@ class LossLfd(SolvedForecaster):
 
     def solved(self, problem: Problem, sums: PrefixRows) -> Self:
         """Fit on all runs, and on folds of them to see whether it helps."""
-        rows_RCD, runs = sums.rows_RCD, problem.runs
+        runs = problem.runs
         fitted = type(self)(self._config)
         fitted._loss, fitted._problem, fitted._explains = self._loss, problem, sums.drift_explains
         folds = min(_FOLDS, runs)
@@ -237,23 +237,13 @@ class LossLfd(SolvedForecaster):
             out = range(fold, runs, folds)
             inside = tuple(run for run in range(runs) if run not in out)
             fitted._without |= dict.fromkeys(out, (fitted._descended(problem, sums, inside), inside))
-        kept_R = [self.loss_at(rows_RCD[run, -1], run) for run in range(runs)]
-        gain_QR = torch.tensor(
-            [
-                [
-                    kept - self.loss_at(fitted.leapt_without(sums, run, share=share), run)
-                    for run, kept in enumerate(kept_R)
-                ]
-                for share in _SHRUNK
-            ],
-            dtype=torch.float64,
-        )
+        kept_R = fitted._kept(sums)
+        gain_QR = torch.stack([kept_R - fitted._left_out(sums, share) for share in _SHRUNK])
         safe_Q = (gain_QR >= 0).double().mean(1).clamp(max=_SAFE)
         allowed_Q = torch.where(safe_Q == safe_Q.max(), torch.nan_to_num(gain_QR.mean(1), nan=-torch.inf), -torch.inf)
         gain_R, share = gain_QR[allowed_Q.argmax()], _SHRUNK[int(allowed_Q.argmax())]
-        error = float(gain_R.std() / math.sqrt(runs))
-        fitted._gain = (float(gain_R.mean()), error)
-        if not fitted._gain[0] > error:  # NaN included
+        fitted._gain = _mean_and_error(gain_R)
+        if not fitted._gain[0] > fitted._gain[1]:  # NaN included
             share = 0.0
         fitted._theta_SJ = share * fitted._descended(problem, sums, range(runs)).double()
         fitted._without = {run: (share * theta_SJ, inside) for run, (theta_SJ, inside) in fitted._without.items()}
@@ -272,14 +262,21 @@ class LossLfd(SolvedForecaster):
         alone._theta_SJ[:, 3] = 1.0
         alone._without = dict.fromkeys(runs, (alone._theta_SJ.float(), tuple(runs)))
         alone._drift_D = self._drift_D
-        gains = [
-            self.loss_at(sums.rows_RCD[run, -1], run) - self.loss_at(alone.leapt_without(sums, run), run)
-            for run in runs
-        ]
-        gain_R = torch.tensor(gains, dtype=torch.float64)
-        alone._gain = (float(gain_R.mean()), float(gain_R.std()) / math.sqrt(len(runs)))
+        gain_R = alone._kept(sums) - alone._left_out(sums)
+        alone._gain = _mean_and_error(gain_R)
         helps = alone._gain[0] > alone._gain[1] and float((gain_R >= 0).double().mean()) >= _SAFE
         return alone if helps else None
+
+    def _kept(self, sums: PrefixRows) -> Tensor:
+        """Training runs' loss at w_n: [R]."""
+        losses = [self.loss_at(rows_CD[-1], run) for run, rows_CD in enumerate(sums.rows_RCD)]
+        return torch.tensor(losses, dtype=torch.float64)
+
+    def _left_out(self, sums: PrefixRows, share: float = 1.0) -> Tensor:
+        """Training runs' loss where a leap fitted without them leads, or a share of it: [R]."""
+        runs = range(len(sums.rows_RCD))
+        losses = [self.loss_at(self.leapt_without(sums, run, share=share), run) for run in runs]
+        return torch.tensor(losses, dtype=torch.float64)
 
     @property
     def gain_left_out(self) -> float:
@@ -443,6 +440,10 @@ def _four(prefix: Prefix) -> Tensor:
     """w_0, w_{n−2}, w_{n−1}, w_n: [B, 4, D]."""
     last = len(prefix.steps_C) - 1
     return prefix.weights_BCD[:, [0, last - 2, last - 1, last]]
+
+
+def _mean_and_error(values_R: Tensor) -> tuple[float, float]:
+    return float(values_R.mean()), float(values_R.std() / math.sqrt(len(values_R)))
 
 
 def _square(values_D: Tensor) -> float:

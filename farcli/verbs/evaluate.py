@@ -464,16 +464,15 @@ def _choose_steps(
 def _yardsticks(named: Sequence[Candidate], setting: Setting, train_runs: str | None, warn: Warn) -> list[Candidate]:
     """The trivial forecasts that stand beside every other, without those the user named."""
     plain = {candidate.method.source for candidate in named if candidate.method is not None}
-    labels = {candidate.label for candidate in named}
+    taken = plain | {candidate.label for candidate in named}
+    wanted = [kind for name, kind in CLIMATOLOGIES.items() if name not in taken]
+    means = _climatologies(wanted, named, setting, train_runs, warn) if wanted else {}
     found = []
-    training: tuple[TrainingData, ...] | None = None
     for name in YARDSTICKS:
-        if name in plain or (name in CLIMATOLOGIES and name in labels):
-            continue
         if name in CLIMATOLOGIES:
-            if training is None:
-                training = _averaged(named, setting, train_runs, warn)
-            found += _climatology(CLIMATOLOGIES[name], training, setting, warn) if training else []
+            found += [means[name]] if name in means else []
+            continue
+        if name in plain:
             continue
         forecaster = build(name, {})
         if forecaster.min_context > len(setting.prefix):
@@ -489,10 +488,14 @@ def _yardsticks(named: Sequence[Candidate], setting: Setting, train_runs: str | 
     return found
 
 
-def _averaged(
-    named: Sequence[Candidate], setting: Setting, train_runs: str | None, warn: Warn
-) -> tuple[TrainingData, ...]:
-    """What means are taken over: the runs a forecaster was fitted on, or --train-runs; nothing where that cannot be."""
+def _climatologies(
+    kinds: Sequence[type[Climatology]],
+    named: Sequence[Candidate],
+    setting: Setting,
+    train_runs: str | None,
+    warn: Warn,
+) -> dict[str, Candidate]:
+    """Means by name, over the runs a forecaster was fitted on, or --train-runs; those that cannot be are left out."""
     truth = setting.truth
     if train_runs is not None:
         runs = parse_selection(train_runs, truth.runs, "--train-runs")
@@ -502,29 +505,20 @@ def _averaged(
         training = (TrainingData.of(Source(trajectory=truth, runs=tuple(runs))),)
     else:
         training = next((candidate.training for candidate in named if candidate.training), ())
-    left_out = f"{' and '.join(CLIMATOLOGIES)} of training runs are left out"
+    left_out = f"{' and '.join(kind.name for kind in kinds)} of training runs are left out"
     if not training:
         warn(f"{left_out}: no forecaster was fitted; name runs to average with --train-runs.")
-        return ()
+        return {}
     sources = reopen(training, truth)
     if sources is None:
         warn(f"{left_out}: the training store {training[0].path} is not there any more.")
-        return ()
+        return {}
     if any(set(setting.steps_H) - set(source.trajectory.steps) for source in sources):
         warn(f"{left_out}: the training stores do not hold all of these steps.")
-        return ()
+        return {}
     if any(source.trajectory.layout != truth.layout for source in sources):
         warn(f"{left_out}: the training stores hold another network.")
-        return ()
-    return training
-
-
-def _climatology(
-    kind: type[Climatology], training: tuple[TrainingData, ...], setting: Setting, warn: Warn
-) -> list[Candidate]:
-    """A mean over training runs; nothing where memory is too small for it."""
-    truth, sources = setting.truth, reopen(training, setting.truth)
-    assert sources is not None
+        return {}
     problem = Problem(
         layout=truth.layout,
         coordinates=truth.layout.parameters,
@@ -543,20 +537,25 @@ def _climatology(
         memory=setting.memory,
         share=0.5,
     )
-    try:
-        forecaster = solve(kind(kind.Config()), problem, lambda: ((b.prefix, b.truth_BHD) for b in stream), report=None)
-    except ResourceError as error:
-        warn(f"the yardstick {kind.name} is left out: {error}")
-        return []
-    method = Method(
-        label=kind.name,
-        source=kind.name,
-        forecaster=forecaster,
-        context=(setting.origin,),
-        targets=setting.steps_H,
-        training=training,
-    )
-    return [Candidate(label=kind.name, role="yardstick", method=method, stored=None, training=training)]
+    found = {}
+    for kind in kinds:
+        try:
+            forecaster = solve(
+                kind(kind.Config()), problem, lambda: ((b.prefix, b.truth_BHD) for b in stream), report=None
+            )
+        except ResourceError as error:
+            warn(f"the yardstick {kind.name} is left out: {error}")
+            continue
+        method = Method(
+            label=kind.name,
+            source=kind.name,
+            forecaster=forecaster,
+            context=(setting.origin,),
+            targets=setting.steps_H,
+            training=training,
+        )
+        found[kind.name] = Candidate(label=kind.name, role="yardstick", method=method, stored=None, training=training)
+    return found
 
 
 def parse_limits(texts: Sequence[str], flag: str) -> dict[str, float]:
