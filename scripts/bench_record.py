@@ -297,6 +297,8 @@ def main() -> None:
     options = parse_assignments([*common, *given.set])
     intervals = given.every or ([50, 20, 10, 5, 2, 1] if cuda else [5, 20, 10, 2, 1] if given.full else [5])
     rows = []
+    if given.folder:
+        given.folder.mkdir(parents=True, exist_ok=True)
     try:
         training = Training(name, options, resolve_device(given.device))
         with tempfile.TemporaryDirectory(dir=given.folder) as folder:

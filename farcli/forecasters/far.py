@@ -28,7 +28,7 @@ from farcli.forecasters.base import (
 from farcli.forecasters.identification import UNEXPLAINED, Experiment, Population, forecast, identify
 from farcli.forecasters.intervals import CountedErrors, quantile
 from farcli.forecasters.lfd2 import Lfd2
-from farcli.forecasters.loss_lfd import LossLfd, PrefixRows
+from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed
 from farcli.forecasters.update_rules import UpdateRule
 
 _LARGEST = 4
@@ -46,8 +46,6 @@ _PART = 1 << 20
 """Coordinates forecast at once where forecasts are judged: LFD-2 takes them in float64."""
 _KEEP, _LFD2, _LEAP = 0, 1, 2
 """What may be forecast at a horizon."""
-_SOUND = 0.9
-"""The share of training runs, left out, whose loss a forecast must not raise."""
 _EXACT, _MOST_UNEXPLAINED = 0.01, 0.1
 """Training is free of noise where quadratics pass through all but so many training runs, and forecast their targets
 with less than this part of LFD-2's squared error."""
@@ -182,13 +180,13 @@ class Far(SolvedForecaster):
     for all tensors or one for each, whichever forecasts runs left out better.
 
     method=loss: where the runs' loss can be computed, for at most 1,000,000 parameters unless asked for: that map, or
-    the leap of `loss-lfd` (or the plain drift where that gains more), at each horizon the one that lowers the loss of
-    runs left out more, on data that were held back from training where the workload holds any back, else on training
-    data.
+    the leap of `loss-lfd` (or the plain drift or average where that gains more), at each horizon the one that lowers
+    the loss of runs left out more, on data that were held back from training where the workload holds any back, else
+    on training data.
 
     Every horizon is judged on the training runs, each left out of its own forecast, by loss with method=loss and by
     squared error otherwise: where that is not below that of keeping w_n, w_n is kept. By loss it must be so by one
-    standard error, and for nine runs of ten. `fit` says at which horizons w_n is kept.
+    standard error and for 95 % of the runs, or by two standard errors. `fit` says at which horizons w_n is kept.
 
     Source: ours; the parts' sources stand where they are.
     Differs: in leaving a run out of an identified population its moments are taken out, and the other runs'
@@ -251,13 +249,13 @@ class Far(SolvedForecaster):
         return 3 if self._config.method == "loss" else 2
 
     def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
-        """All for identification, the first and the last three for leaps, the first and the last for LFD-2."""
+        """All for identification, those of `loss-lfd` for leaps, the first and the last for LFD-2."""
         require_future("far", self.min_context, steps_C, ())
         match self._config.method:
             case "identify":
                 return tuple(steps_C)
             case "loss":
-                return tuple(dict.fromkeys((steps_C[0], *steps_C[-3:])))
+                return LossLfd(LossLfd.Config()).observed(steps_C)
             case _:
                 return (steps_C[0], steps_C[-1])
 
@@ -363,25 +361,22 @@ class Far(SolvedForecaster):
         rows_RCD, runs = rows.rows_RCD, problem.runs
         options = LossLfd.Config(updates=self._config.updates)
         leap = LossLfd(options).prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
-        alone = leap.drifting(rows)
-        if alone is not None and alone.gain_left_out > leap.gain_left_out:
-            leap = alone
+        leap = max([leap, *leap.alone(rows)], key=lambda candidate: candidate.gain_left_out)
+        ends = (problem.steps_C[0], problem.steps_C[-1])
         gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)
         for run in range(runs):
             kept = leap.loss_at(rows_RCD[run, -1], run)
             blocks = [
-                Prefix(weights_BCD=part_CD[None], steps_C=problem.steps_C, layout=problem.layout,
-                       start=_PART * number, runs_B=(run,))
-                for number, part_CD in enumerate(rows_RCD[run].split(_PART, dim=-1))
+                Prefix(weights_BCD=part_CD[None], steps_C=ends, layout=problem.layout, start=_PART * number,
+                       runs_B=(run,))
+                for number, part_CD in enumerate(rows_RCD[run, [0, -1]].split(_PART, dim=-1))
             ]  # fmt: skip
             for h, step in enumerate(problem.steps_H):
                 parts = [self._lfd2[0].forecasts_left_out(block, (step,)).to(rows_RCD.dtype) for block in blocks]
                 gain_2RH[0, run, h] = kept - leap.loss_at(torch.cat(parts, dim=-1)[0, 0], run)
             gain_2RH[1, run] = kept - leap.loss_at(leap.leapt_without(rows, run), run)
-        gain_2RH = torch.nan_to_num(gain_2RH, nan=-torch.inf)
-        mean_2H, error_2H = gain_2RH.mean(1), gain_2RH.std(1) / runs**0.5
-        sound_2H = (mean_2H > error_2H) & ((gain_2RH >= 0).double().mean(1) >= _SOUND)
-        best_H = torch.where(sound_2H, mean_2H, -torch.inf).argmax(0)
+        sound_2H = torch.stack([believed(gain_RH) for gain_RH in gain_2RH])
+        best_H = torch.where(sound_2H, gain_2RH.mean(1), -torch.inf).argmax(0)
         self._choice_H = torch.where(sound_2H.any(0), best_H + _LFD2, _KEEP)
         if bool((self._choice_H == _LEAP).any()):
             scale_S = torch.ones(len(problem.layout.floats), dtype=torch.float64)

@@ -1,6 +1,7 @@
 """loss-lfd: a leap along a run's own recent motion, fitted on loss instead of on future weights.
 
-Shape suffixes: B runs of a block, R training runs, D coordinates, H horizons, S tensors, J = 3 or 4 displacements.
+Shape suffixes: B runs of a block, R training runs, D coordinates, H horizons, S tensors, J = 3 to 5
+displacements.
 """
 
 import math
@@ -33,7 +34,9 @@ _FOLDS = 4
 _SHRUNK = (1.0, 0.7, 0.4)
 """A leap is shortened to one of these, as runs left out advise."""
 _SAFE = 0.95
-"""The share of runs left out that should not be worse off."""
+"""A mean gain of one standard error is believed where this share of the runs left out is no worse off."""
+_SURE = 2.0
+"""A mean gain of so many standard errors is believed though more of them are."""
 _ROWS = 4
 """w_0, w_{n−2}, w_{n−1}, w_n."""
 _WORK = 28
@@ -46,6 +49,7 @@ class PrefixRows(Sums):
 
     Attributes:
         rows_RCD: w_0, w_{n−2}, w_{n−1}, w_n.
+        mean_RD: the mean of the latest snapshots; None where it is a mixture of these.
         moved_RD: w at the last target step less w_n.
     """
 
@@ -53,6 +57,8 @@ class PrefixRows(Sums):
         self.require_room(problem)
         self.rows_RCD = torch.zeros(problem.runs, _ROWS, problem.coordinates)
         self.moved_RD = torch.zeros(problem.runs, problem.coordinates)
+        self._averaged = averaged(problem.steps_C)
+        self.mean_RD = torch.zeros_like(self.moved_RD) if self._averaged else None
 
     @staticmethod
     def require_room(problem: Problem) -> None:
@@ -61,7 +67,8 @@ class PrefixRows(Sums):
         Raises:
             ResourceError: names the largest D.
         """
-        need_each = 4 * ((_ROWS + 1) * problem.runs + _WORK)
+        vectors = _ROWS + (2 if averaged(problem.steps_C) else 1)
+        need_each = 4 * (vectors * problem.runs + _WORK)
         if need_each * problem.coordinates > problem.memory:
             raise ResourceError(
                 f"loss-lfd: {problem.runs} runs of D = {problem.coordinates} parameters need "
@@ -74,15 +81,19 @@ class PrefixRows(Sums):
         """Take one block in."""
         stop = min(prefix.start + prefix.weights_BCD.shape[-1], self.rows_RCD.shape[-1])
         width, runs_B = max(0, stop - prefix.start), list(prefix.runs_B)
+        place = slice(prefix.start, prefix.start + width)
         own_BCD = _four(prefix)[..., :width].cpu().float()
-        self.rows_RCD[runs_B, :, prefix.start : prefix.start + width] = own_BCD
-        moved_BD = truth_BHD[:, -1, :width].cpu().float() - own_BCD[:, -1]
-        self.moved_RD[runs_B, prefix.start : prefix.start + width] = moved_BD
+        self.rows_RCD[runs_B, :, place] = own_BCD
+        self.moved_RD[runs_B, place] = truth_BHD[:, -1, :width].cpu().float() - own_BCD[:, -1]
+        if self.mean_RD is not None:
+            self.mean_RD[runs_B, place] = _mean(prefix, self._averaged)[..., :width].cpu().float()
 
     def merge(self, other: Any) -> None:
         """Take in another part's runs."""
         self.rows_RCD += other.rows_RCD
         self.moved_RD += other.moved_RD
+        if self.mean_RD is not None:
+            self.mean_RD += other.mean_RD
 
     @property
     def finite(self) -> bool:
@@ -129,11 +140,13 @@ class MeanMotion:
 
 @final
 class LossLfd(SolvedForecaster):
-    """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}) + d δ, with a, b, c, d of each tensor.
+    """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}) + d δ + e (w̄ − w_n), with a … e of each tensor.
 
     δ is the drift: how far the training runs move on average from w_n to the last target step, a run itself left out.
     Fine-tunings of one pretrained network share much of their way, networks that begin anywhere little (a head, a
     normalisation). Where the drift of the others is no better a forecast of a run's motion than none, there is no d.
+    w̄ is the mean of the later half of the context: where training is noisy, as at a constant rate, the loss at an
+    average is lower than at any snapshot. In contexts of fewer than 7 it is a mixture of the others, and there is no e.
 
     Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches that no run was trained on
     where the workload has so many, else on training data; held-out data, which `eval` reports on, are never looked at.
@@ -141,10 +154,10 @@ class LossLfd(SolvedForecaster):
     units of that length: a leap may be a hundred times as long as the context. The forecast is the same at every step:
     where loss is least along these directions. Runs are left out in up to 4 folds, and their loss is taken on others,
     held back from training where the workload holds any back: of the whole leap and shorter ones that is chosen which
-    lowers it most, among those that leave 95 % of the runs no worse; where none lowers it by one standard error,
-    all are 0 and w_n is kept.
+    lowers it most, of those that leave 95 % of the runs no worse where there are such. It must lower it by one standard
+    error, by two where more runs are worse; where none does, all are 0 and w_n is kept.
 
-    Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and three more.
+    Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and four more.
     Differs: no target step; BatchNorm statistics are those at w_n.
     """
 
@@ -198,9 +211,9 @@ class LossLfd(SolvedForecaster):
         return 3
 
     def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
-        """w_0, w_{n−2}, w_{n−1}, w_n."""
+        """w_0, and the later half, of at least w_{n−2}, w_{n−1}, w_n."""
         require_future("loss-lfd", self.min_context, steps_C, ())
-        return tuple(dict.fromkeys((steps_C[0], *steps_C[-3:])))
+        return tuple(dict.fromkeys((steps_C[0], *steps_C[-max(3, (len(steps_C) + 1) // 2) :])))
 
     def prepared(self, problem: Problem, known: Known) -> Self:
         """Take the training loss.
@@ -238,34 +251,35 @@ class LossLfd(SolvedForecaster):
             inside = tuple(run for run in range(runs) if run not in out)
             fitted._without |= dict.fromkeys(out, (fitted._descended(problem, sums, inside), inside))
         kept_R = fitted._kept(sums)
-        gain_QR = torch.stack([kept_R - fitted._left_out(sums, share) for share in _SHRUNK])
-        safe_Q = (gain_QR >= 0).double().mean(1).clamp(max=_SAFE)
-        allowed_Q = torch.where(safe_Q == safe_Q.max(), torch.nan_to_num(gain_QR.mean(1), nan=-torch.inf), -torch.inf)
-        gain_R, share = gain_QR[allowed_Q.argmax()], _SHRUNK[int(allowed_Q.argmax())]
-        fitted._gain = _mean_and_error(gain_R)
-        if not fitted._gain[0] > fitted._gain[1]:  # NaN included
-            share = 0.0
+        gain_RQ = torch.stack([kept_R - fitted._left_out(sums, share) for share in _SHRUNK], dim=1)
+        sound_Q, mean_Q = believed(gain_RQ), torch.nan_to_num(gain_RQ.mean(0), nan=-torch.inf)
+        first = (sound_Q & _harmless(gain_RQ), sound_Q, torch.ones_like(sound_Q))
+        open_Q = next(open_Q for open_Q in first if bool(open_Q.any()))
+        chosen = int(torch.where(open_Q, mean_Q, -torch.inf).argmax())
+        fitted._gain = _mean_and_error(gain_RQ[:, chosen])
+        share = _SHRUNK[chosen] if bool(sound_Q[chosen]) else 0.0
         fitted._theta_SJ = share * fitted._descended(problem, sums, range(runs)).double()
         fitted._without = {run: (share * theta_SJ, inside) for run, (theta_SJ, inside) in fitted._without.items()}
         if fitted._drifts:
             fitted._drift_D = sums.drift(range(runs)).total_D / runs
         return fitted
 
-    def drifting(self, sums: PrefixRows) -> Self | None:
-        """The drift alone, d = 1, just after the fit; None where there is none, or it does not help runs left out."""
-        if not self._drifts:
-            return None
+    def alone(self, sums: PrefixRows) -> list[Self]:
+        """The drift alone, d = 1, and the average alone, e = 1, where they help runs left out; just after the fit."""
         problem, runs = require_fitted("loss-lfd", self._problem), range(len(sums.moved_RD))
-        alone = type(self)(self._config)
-        alone._loss, alone._problem, alone._explains = self._loss, problem, self._explains
-        alone._theta_SJ = torch.zeros(len(problem.layout.floats), 4, dtype=torch.float64)
-        alone._theta_SJ[:, 3] = 1.0
-        alone._without = dict.fromkeys(runs, (alone._theta_SJ.float(), tuple(runs)))
-        alone._drift_D = self._drift_D
-        gain_R = alone._kept(sums) - alone._left_out(sums)
-        alone._gain = _mean_and_error(gain_R)
-        helps = alone._gain[0] > alone._gain[1] and float((gain_R >= 0).double().mean()) >= _SAFE
-        return alone if helps else None
+        kept_R, found = self._kept(sums), []
+        for letter in self._letters[3:]:
+            alone = type(self)(self._config)
+            alone._loss, alone._problem, alone._explains = self._loss, problem, self._explains
+            alone._theta_SJ = torch.zeros(len(problem.layout.floats), len(self._letters), dtype=torch.float64)
+            alone._theta_SJ[:, self._letters.index(letter)] = 1.0
+            alone._without = dict.fromkeys(runs, (alone._theta_SJ.float(), tuple(runs)))
+            alone._drift_D = self._drift_D
+            gain_R = kept_R - alone._left_out(sums)
+            alone._gain = _mean_and_error(gain_R)
+            if bool(believed(gain_R)):
+                found.append(alone)
+        return found
 
     def _kept(self, sums: PrefixRows) -> Tensor:
         """Training runs' loss at w_n: [R]."""
@@ -287,6 +301,15 @@ class LossLfd(SolvedForecaster):
     def _drifts(self) -> bool:
         return self._explains > 0
 
+    @property
+    def _averaged(self) -> int:
+        return averaged(require_fitted("loss-lfd", self._problem).steps_C)
+
+    @property
+    def _letters(self) -> str:
+        """Of the coefficients that there are, by column."""
+        return "abc" + "d" * self._drifts + "e" * (self._averaged > 0)
+
     def leapt_without(
         self, sums: PrefixRows, run: int, start: int = 0, stop: int | None = None, share: float = 1.0
     ) -> Tensor:
@@ -306,7 +329,8 @@ class LossLfd(SolvedForecaster):
         rows_CD = sums.rows_RCD[run, :, start:stop]
         segments = require_fitted("loss-lfd", self._problem).layout.segments(start, start + rows_CD.shape[-1])
         drift_D = sums.drift(inside, start, stop).without(run) if self._drifts else None
-        return _leapt(rows_CD, segments, share * theta_SJ, drift_D)
+        mean_D = None if sums.mean_RD is None else sums.mean_RD[run, start:stop]
+        return _leapt(rows_CD, segments, share * theta_SJ, drift_D, mean_D)
 
     def _descended(self, problem: Problem, sums: PrefixRows, runs: Sequence[int]) -> Tensor:
         config, loss = self._config, require_fitted("loss-lfd", self._loss)
@@ -336,11 +360,12 @@ class LossLfd(SolvedForecaster):
         """The loss of one run's batch, by coefficients, of a leap that knows these runs."""
         loss, segments = require_fitted("loss-lfd", self._loss), problem.layout.segments(0, problem.coordinates)
         drift = sums.drift(runs) if self._drifts else None
-        room_JD = torch.empty(4 if drift else 3, problem.coordinates)
+        room_JD = torch.empty(len(self._letters), problem.coordinates)
 
         def lost_by(theta_SJ: Tensor, run: int, batch: int) -> Tensor:
             drift_D = drift.without(run) if drift else None
-            return loss.at(_leapt(sums.rows_RCD[run], segments, theta_SJ, drift_D, room_JD), run, batch)
+            mean_D = None if sums.mean_RD is None else sums.mean_RD[run]
+            return loss.at(_leapt(sums.rows_RCD[run], segments, theta_SJ, drift_D, mean_D, room_JD), run, batch)
 
         return lost_by
 
@@ -352,7 +377,7 @@ class LossLfd(SolvedForecaster):
         def lost(theta_SJ: Tensor) -> float:
             return sum(float(lost_by(theta_SJ, run, run % fitting)) for run in runs)
 
-        begun_SJ = torch.zeros(len(problem.layout.floats), 4 if self._drifts else 3)
+        begun_SJ = torch.zeros(len(problem.layout.floats), len(self._letters))
         least = kept = lost(begun_SJ)
         for column in range(begun_SJ.shape[1]):
             theta_SJ, before = torch.zeros_like(begun_SJ), kept
@@ -360,6 +385,8 @@ class LossLfd(SolvedForecaster):
             while (now := lost(theta_SJ)) < before:
                 if now < least:
                     begun_SJ, least = theta_SJ.clone(), now
+                if self._letters[column] in "de":
+                    break  # as long as they are meant to be
                 theta_SJ, before = 2 * theta_SJ, now
         return begun_SJ
 
@@ -381,11 +408,11 @@ class LossLfd(SolvedForecaster):
         return found
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
-        """a, b, c of each tensor, and d where there is a drift."""
+        """a, b, c of each tensor; d where there is a drift, e where there is an average."""
         problem = require_fitted("loss-lfd", self._problem)
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
         return [
-            {"tensor": slot.name, **dict(zip("abcd", row, strict=False))}
+            {"tensor": slot.name, **dict(zip(self._letters, row, strict=True))}
             for slot, row in zip(problem.layout.floats, theta_SJ.tolist(), strict=True)
         ]
 
@@ -403,7 +430,8 @@ class LossLfd(SolvedForecaster):
                 "Fit again with that step in --to.",
             )
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
-        leapt_BD = _leapt(_four(prefix), prefix.segments, theta_SJ, self._drift_of(prefix))
+        mean_BD = _mean(prefix, self._averaged) if self._averaged else None
+        leapt_BD = _leapt(_four(prefix), prefix.segments, theta_SJ, self._drift_of(prefix), mean_BD)
         return leapt_BD[:, None].repeat(1, len(steps_H), 1)
 
     def _drift_of(self, prefix: Prefix) -> Tensor | None:
@@ -429,8 +457,8 @@ class LossLfd(SolvedForecaster):
         if "drift" in tensors:
             fitted._drift_D = stored("loss-lfd", tensors, "drift", (problem.coordinates,)).float()
             fitted._explains = float(stored("loss-lfd", tensors, "explains", (1,)))
-        columns = 4 if "drift" in tensors else 3
-        fitted._theta_SJ = stored("loss-lfd", tensors, "theta", (len(problem.layout.floats), columns))
+        shape = (len(problem.layout.floats), len(fitted._letters))
+        fitted._theta_SJ = stored("loss-lfd", tensors, "theta", shape)
         mean, error = stored("loss-lfd", tensors, "gain", (2,)).tolist()
         fitted._gain = (mean, error)
         return fitted
@@ -440,6 +468,26 @@ def _four(prefix: Prefix) -> Tensor:
     """w_0, w_{n−2}, w_{n−1}, w_n: [B, 4, D]."""
     last = len(prefix.steps_C) - 1
     return prefix.weights_BCD[:, [0, last - 2, last - 1, last]]
+
+
+def averaged(steps_C: Sequence[int]) -> int:
+    """How many of the observed snapshots, the latest, are averaged: all but w_0, or none where these are only three."""
+    return len(steps_C) - 1 if len(steps_C) > _ROWS else 0
+
+
+def _mean(prefix: Prefix, latest: int) -> Tensor:
+    """Of the latest snapshots: [B, D]."""
+    return prefix.weights_BCD[:, -latest:].mean(1)
+
+
+def believed(gain_RX: Tensor) -> Tensor:
+    """Whether runs left out gain: by a standard error where 95 % of them are no worse, else by two."""
+    mean_X, error_X = gain_RX.mean(0), gain_RX.std(0) / math.sqrt(len(gain_RX))
+    return (mean_X > error_X) & (_harmless(gain_RX) | (mean_X > _SURE * error_X))
+
+
+def _harmless(gain_RX: Tensor) -> Tensor:
+    return (gain_RX >= 0).double().mean(0) >= _SAFE
 
 
 def _mean_and_error(values_R: Tensor) -> tuple[float, float]:
@@ -454,10 +502,11 @@ def _leapt(
     rows_XCD: Tensor,
     segments: Sequence[Segment],
     theta_SJ: Tensor,
-    drift_D: Tensor | None = None,
+    drift_D: Tensor | None,
+    mean_XD: Tensor | None,
     room_JD: Tensor | None = None,
 ) -> Tensor:
-    """The forecast from four snapshots of a run, or of several; gradients flow to the coefficients: [D] or [B, D].
+    """The forecast from what is known of a run, or of several; gradients flow to the coefficients: [D] or [B, D].
 
     Displacements are made in `room_JD` where that is given, anew for each call: of large networks, new memory takes
     longer than what is done with it.
@@ -469,6 +518,8 @@ def _leapt(
         torch.sub(last_XD, rows_XCD[..., row, :], out=moved_XJD[..., column, :])
     if drift_D is not None:
         moved_XJD[..., 3, :] = drift_D
+    if mean_XD is not None:
+        torch.sub(mean_XD, last_XD, out=moved_XJD[..., -1, :])
     theta_SJ = theta_SJ.to(moved_XJD)
     parts = [theta_SJ[part.slot] @ moved_XJD[..., part.start : part.stop] for part in segments]
     return last_XD + torch.cat(parts, dim=-1)

@@ -42,7 +42,7 @@ from farcli.stream import Source, Stream, resolve_device
 from farcli.verbs.weighed import Weighed, weighed_rows
 
 CLIMATOLOGIES: dict[str, type[Climatology]] = {"mean": Mean, "drift": Drift}
-YARDSTICKS = ("persistence", "mean", "drift", "linear", "quadratic", "lsq-line")
+YARDSTICKS = ("persistence", "lawa", "mean", "drift", "linear", "quadratic", "lsq-line")
 HORIZONS = 6
 """Horizons shown where nothing says which."""
 

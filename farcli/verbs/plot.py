@@ -14,6 +14,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 _STYLE = {
     "persistence": ("#8c8c8c", "-", "keep $w_n$ (persistence)"),
+    "lawa": ("#59a14f", "-.", "mean of the latest (LAWA)"),
     "mean": ("#b07aa1", "--", "mean of training runs"),
     "drift": ("#d37295", "-.", "drift of training runs"),
     "linear": ("#e15759", ":", "linear"),

@@ -11,7 +11,7 @@ from farcli.errors import UsageError
 from farcli.fitting.solving import solve
 from farcli.forecasters.base import Known, Prefix, Problem, TrainingLoss
 from farcli.forecasters.far import Far
-from farcli.forecasters.loss_lfd import LossLfd, PrefixRows
+from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed
 from farcli.layout import layout_of
 
 LAYOUT = layout_of([("one", (3,), "float32", "parameter"), ("two", (2,), "float32", "parameter")])
@@ -133,6 +133,70 @@ def test_without_a_common_way_there_is_no_drift() -> None:
     fitted = fit(rows_RCD, Distance(rows_RCD[:, -1]), truth_RHD, updates=5)
     assert "drift" not in fitted.tensors()
     assert {*fitted.coefficients()[0]} == {"tensor", *"abc"}
+
+
+EIGHT_C = tuple(range(0, 80, 10))
+
+
+def averaging(runs: int, seed: int = 11) -> tuple[Problem, Prefix, Tensor]:
+    """A problem with a context of eight, its runs, and the mean of each run's later half."""
+    rows_RCD = normal(runs, 8, 5, seed=seed)
+    observed = LossLfd(LossLfd.Config()).observed(EIGHT_C)
+    assert observed == (0, 40, 50, 60, 70)
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=runs, steps_C=observed, steps_H=(80,), memory=10**8)
+    prefix = replace(prefix_of(rows_RCD[:, [0, 4, 5, 6, 7]]), steps_C=observed)
+    return problem, prefix, rows_RCD[:, 4:].mean(1)
+
+
+def test_the_mean_of_the_later_half_is_a_direction_of_long_contexts() -> None:
+    problem, prefix, mean_RD = averaging(8)
+    last_RD = prefix.weights_BCD[:, -1]
+    loss = Distance(last_RD + 0.8 * (mean_RD - last_RD))
+    forecaster = LossLfd(LossLfd.Config(updates=400)).prepared(problem, Known(loss=lambda: loss))
+    fitted = solve(forecaster, problem, lambda: [(prefix, last_RD[:, None])])
+    found = torch.tensor([[row[key] for key in "abce"] for row in fitted.coefficients()])
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 0.0, 0.8]] * 2), atol=0.03, rtol=0)
+    forecast_BHD = fitted.forecast(prefix, (80,))
+    torch.testing.assert_close(forecast_BHD[:, 0], loss.points_RD, atol=0.1, rtol=0)
+    again = LossLfd.restore(fitted.config, problem, fitted.tensors())
+    assert torch.equal(again.forecast(prefix, (80,)), forecast_BHD)
+    whole = replace(prefix, weights_BCD=normal(8, 8, 5, seed=11), steps_C=EIGHT_C)  # what is observed, and the rest
+    assert torch.equal(again.forecast(whole, (80,)), forecast_BHD)
+
+
+def test_averages_and_drifts_alone_are_what_they_say() -> None:
+    problem, prefix, mean_RD = averaging(8)
+    last_RD, way_D = prefix.weights_BCD[:, -1], normal(5, seed=12)
+    truth_RHD = (last_RD + way_D + 0.05 * normal(8, 5, seed=13))[:, None]
+    rows = PrefixRows(problem)
+    rows.add(prefix, truth_RHD)
+    for points_RD, expected_RD in ((mean_RD, mean_RD), (last_RD + way_D, truth_RHD[:, 0])):
+        loss = Distance(points_RD)
+        forecaster = LossLfd(LossLfd.Config(updates=1)).prepared(problem, Known(loss=lambda loss=loss: loss))
+        [alone] = forecaster.solved(problem, rows).alone(rows)
+        forecast_BD = alone.forecast(prefix, (80,))[:, 0]
+        tolerance = 1e-6 if expected_RD is mean_RD else 0.2  # a drift is the mean motion, not a run's own
+        torch.testing.assert_close(forecast_BD, expected_RD, atol=tolerance, rtol=0)
+        moved_BD = forecast_BD - last_RD
+        assert (moved_BD.std(0) < 1e-6).all() == (expected_RD is not mean_RD)
+
+
+@pytest.mark.parametrize(
+    ("gains", "held"),
+    [
+        ([0.0] * 20, False),
+        ([1.0] * 20, True),
+        ([0.1] * 19 + [-1.0], False),  # above one standard error, but not by it
+        ([1.0] * 19 + [-1.0], True),  # one of twenty is worse
+        ([1.0, 1.0, 1.0, -0.9] * 5, True),  # five are, but by more than two standard errors on average
+        ([1.0, 0.9, -0.9, -0.7] * 5, False),
+        ([1.0] * 19 + [float("nan")], False),
+    ],
+)
+def test_a_gain_is_believed_by_its_error_and_by_the_runs_it_harms(gains: list[float], held: bool) -> None:
+    gain_R = torch.tensor(gains, dtype=torch.float64)
+    assert bool(believed(gain_R)) is held
+    assert believed(torch.stack([gain_R, gain_R], dim=1)).tolist() == [held, held]
 
 
 def test_what_it_needs() -> None:

@@ -35,6 +35,8 @@ def small_options(name: str, folder: Path) -> dict[str, str]:
             return {"held_back": "400"}
         case "image-mlp":
             return {"train": "900"}
+        case "image-cnn":
+            return {"data": "digits", "train": "900", "batch": "64", "lr": "0.01"}
         case "nas-cnn":
             cell = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|skip_connect~2|"
             options = {"arch": cell, "width": "8", "stride": "1", "optimizer": "adam", "lr": "0.01"}
