@@ -57,7 +57,7 @@ class PrefixRows(Sums):
         self.require_room(problem)
         self.rows_RCD = torch.zeros(problem.runs, _ROWS, problem.coordinates)
         self.moved_RD = torch.zeros(problem.runs, problem.coordinates)
-        self._averaged = averaged(problem.steps_C)
+        self._averaged = _averaged(problem.steps_C)
         self.mean_RD = torch.zeros_like(self.moved_RD) if self._averaged else None
 
     @staticmethod
@@ -67,7 +67,7 @@ class PrefixRows(Sums):
         Raises:
             ResourceError: names the largest D.
         """
-        vectors = _ROWS + (2 if averaged(problem.steps_C) else 1)
+        vectors = _ROWS + (2 if _averaged(problem.steps_C) else 1)
         need_each = 4 * (vectors * problem.runs + _WORK)
         if need_each * problem.coordinates > problem.memory:
             raise ResourceError(
@@ -90,15 +90,17 @@ class PrefixRows(Sums):
 
     def merge(self, other: Any) -> None:
         """Take in another part's runs."""
-        self.rows_RCD += other.rows_RCD
-        self.moved_RD += other.moved_RD
-        if self.mean_RD is not None:
-            self.mean_RD += other.mean_RD
+        for own, theirs in zip(self._parts, other._parts, strict=True):
+            own.add_(theirs)
 
     @property
     def finite(self) -> bool:
         """Whether every number is finite."""
-        return bool(self.rows_RCD.sum().isfinite()) and bool(self.moved_RD.sum().isfinite())
+        return all(bool(part.sum().isfinite()) for part in self._parts)
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        return [part for part in (self.rows_RCD, self.moved_RD, self.mean_RD) if part is not None]
 
     def drift(self, runs: Sequence[int], start: int = 0, stop: int | None = None) -> "MeanMotion":
         """How some runs move on average, of the coordinates from `start` to `stop`."""
@@ -256,7 +258,8 @@ class LossLfd(SolvedForecaster):
         first = (sound_Q & _harmless(gain_RQ), sound_Q, torch.ones_like(sound_Q))
         open_Q = next(open_Q for open_Q in first if bool(open_Q.any()))
         chosen = int(torch.where(open_Q, mean_Q, -torch.inf).argmax())
-        fitted._gain = _mean_and_error(gain_RQ[:, chosen])
+        mean, error = _mean_and_error(gain_RQ[:, chosen])
+        fitted._gain = (float(mean), float(error))
         share = _SHRUNK[chosen] if bool(sound_Q[chosen]) else 0.0
         fitted._theta_SJ = share * fitted._descended(problem, sums, range(runs)).double()
         fitted._without = {run: (share * theta_SJ, inside) for run, (theta_SJ, inside) in fitted._without.items()}
@@ -267,16 +270,21 @@ class LossLfd(SolvedForecaster):
     def alone(self, sums: PrefixRows) -> list[Self]:
         """The drift alone, d = 1, and the average alone, e = 1, where they help runs left out; just after the fit."""
         problem, runs = require_fitted("loss-lfd", self._problem), range(len(sums.moved_RD))
-        kept_R, found = self._kept(sums), []
-        for letter in self._letters[3:]:
+        columns = range(3, len(self._letters))
+        found: list[Self] = []
+        if not columns:
+            return found
+        kept_R = self._kept(sums)
+        for column in columns:
             alone = type(self)(self._config)
             alone._loss, alone._problem, alone._explains = self._loss, problem, self._explains
             alone._theta_SJ = torch.zeros(len(problem.layout.floats), len(self._letters), dtype=torch.float64)
-            alone._theta_SJ[:, self._letters.index(letter)] = 1.0
+            alone._theta_SJ[:, column] = 1.0
             alone._without = dict.fromkeys(runs, (alone._theta_SJ.float(), tuple(runs)))
             alone._drift_D = self._drift_D
             gain_R = kept_R - alone._left_out(sums)
-            alone._gain = _mean_and_error(gain_R)
+            mean, error = _mean_and_error(gain_R)
+            alone._gain = (float(mean), float(error))
             if bool(believed(gain_R)):
                 found.append(alone)
         return found
@@ -303,7 +311,7 @@ class LossLfd(SolvedForecaster):
 
     @property
     def _averaged(self) -> int:
-        return averaged(require_fitted("loss-lfd", self._problem).steps_C)
+        return _averaged(require_fitted("loss-lfd", self._problem).steps_C)
 
     @property
     def _letters(self) -> str:
@@ -470,7 +478,7 @@ def _four(prefix: Prefix) -> Tensor:
     return prefix.weights_BCD[:, [0, last - 2, last - 1, last]]
 
 
-def averaged(steps_C: Sequence[int]) -> int:
+def _averaged(steps_C: Sequence[int]) -> int:
     """How many of the observed snapshots, the latest, are averaged: all but w_0, or none where these are only three."""
     return len(steps_C) - 1 if len(steps_C) > _ROWS else 0
 
@@ -482,7 +490,7 @@ def _mean(prefix: Prefix, latest: int) -> Tensor:
 
 def believed(gain_RX: Tensor) -> Tensor:
     """Whether runs left out gain: by a standard error where 95 % of them are no worse, else by two."""
-    mean_X, error_X = gain_RX.mean(0), gain_RX.std(0) / math.sqrt(len(gain_RX))
+    mean_X, error_X = _mean_and_error(gain_RX)
     return (mean_X > error_X) & (_harmless(gain_RX) | (mean_X > _SURE * error_X))
 
 
@@ -490,8 +498,8 @@ def _harmless(gain_RX: Tensor) -> Tensor:
     return (gain_RX >= 0).double().mean(0) >= _SAFE
 
 
-def _mean_and_error(values_R: Tensor) -> tuple[float, float]:
-    return float(values_R.mean()), float(values_R.std() / math.sqrt(len(values_R)))
+def _mean_and_error(gain_RX: Tensor) -> tuple[Tensor, Tensor]:
+    return gain_RX.mean(0), gain_RX.std(0) / math.sqrt(len(gain_RX))
 
 
 def _square(values_D: Tensor) -> float:

@@ -3,8 +3,8 @@
 WORKLOADS = {
     "digits-cnn": "farcli.workloads.digits_cnn:DigitsCnn",
     "distilbert": "farcli.workloads.distilbert:Distilbert",
-    "image-cnn": "farcli.workloads.image_cnn:ImageCnn",
     "gpt2": "farcli.workloads.gpt2:Gpt2",
+    "image-cnn": "farcli.workloads.image_cnn:ImageCnn",
     "image-mlp": "farcli.workloads.image_mlp:ImageMlp",
     "linreg": "farcli.workloads.linreg:Linreg",
     "mlp": "farcli.workloads.mlp:Mlp",
