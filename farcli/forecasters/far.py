@@ -180,7 +180,7 @@ class Far(SolvedForecaster):
     for all tensors or one for each, whichever forecasts runs left out better.
 
     method=loss: where the runs' loss can be computed, for at most 1,000,000 parameters unless asked for: that map, or
-    the leap of `loss-lfd` (or the plain drift or average where that gains more), at each horizon the one that lowers
+    the leap of `loss-lfd` (or the plain drift or an average where that gains more), at each horizon the one that lowers
     the loss of runs left out more, on data that were held back from training where the workload holds any back, else
     on training data.
 
@@ -210,6 +210,12 @@ class Far(SolvedForecaster):
             metadata={"help": 'update rule of the training runs, "sgd lr=0.1 momentum=0.9"; empty: from the store'},
         )
         updates: int = field(default=200, metadata={"help": "updates of each fit of a leap, with method=loss"})
+        trends: bool = field(
+            default=True,
+            metadata={
+                "help": "whether leaps take averages and slopes of contexts of 7 snapshots and more, see loss-lfd"
+            },
+        )
 
         def __post_init__(self) -> None:
             if self.optimizer:
@@ -255,9 +261,13 @@ class Far(SolvedForecaster):
             case "identify":
                 return tuple(steps_C)
             case "loss":
-                return LossLfd(LossLfd.Config()).observed(steps_C)
+                return self._leaps.observed(steps_C)
             case _:
                 return (steps_C[0], steps_C[-1])
+
+    @property
+    def _leaps(self) -> LossLfd:
+        return LossLfd(LossLfd.Config(updates=self._config.updates, trends=self._config.trends))
 
     def prepared(self, problem: Problem, known: Known) -> Self:
         """Choose the method.
@@ -301,11 +311,11 @@ class Far(SolvedForecaster):
         against = ""
         if self._config.method == "auto" and problem.coordinates > _LARGEST_BY_LOSS:
             against = f"D = {problem.coordinates} parameters are more than {_LARGEST_BY_LOSS}"
-        elif len(problem.steps_C) < LossLfd(LossLfd.Config()).min_context:
+        elif len(problem.steps_C) < self._leaps.min_context:
             against = f"a context of {len(problem.steps_C)} snapshots is too short for leaps"
         else:
             try:
-                PrefixRows.require_room(problem)
+                PrefixRows.require_room(replace(problem, steps_C=self._leaps.observed(problem.steps_C)))
                 self._loss = known.loss()
                 against = "" if self._loss else "the stores name no workload that can be built here"
             except ResourceError as error:
@@ -359,8 +369,7 @@ class Far(SolvedForecaster):
     def _judge(self, problem: Problem, rows: PrefixRows, loss: TrainingLoss) -> None:
         """Choose at each horizon what lowers the loss of runs left out most, or w_n."""
         rows_RCD, runs = rows.rows_RCD, problem.runs
-        options = LossLfd.Config(updates=self._config.updates)
-        leap = LossLfd(options).prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
+        leap = self._leaps.prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
         leap = max([leap, *leap.alone(rows)], key=lambda candidate: candidate.gain_left_out)
         ends = (problem.steps_C[0], problem.steps_C[-1])
         gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)

@@ -1,7 +1,7 @@
 """loss-lfd: a leap along a run's own recent motion, fitted on loss instead of on future weights.
 
-Shape suffixes: B runs of a block, R training runs, D coordinates, H horizons, S tensors, J = 3 to 5
-displacements.
+Shape suffixes: B runs of a block, R training runs, C snapshots, D coordinates, H horizons, S tensors, X any leading
+ones, J = 3 to 8 displacements, T = 4 trends.
 """
 
 import math
@@ -28,7 +28,7 @@ from farcli.forecasters.base import (
     stored,
 )
 from farcli.forecasters.leave_one_out import LEAST_RUNS
-from farcli.layout import Segment
+from farcli.layout import Layout, Segment
 
 _FOLDS = 4
 _SHRUNK = (1.0, 0.7, 0.4)
@@ -37,9 +37,17 @@ _SAFE = 0.95
 """A mean gain of one standard error is believed where this share of the runs left out is no worse off."""
 _SURE = 2.0
 """A mean gain of so many standard errors is believed though more of them are."""
+_WHOLE = "def"
+"""Displacements that are meant to be taken once, not many times."""
 _ROWS = 4
 """w_0, w_{n−2}, w_{n−1}, w_n."""
-_WORK = 28
+_LONG = 7
+"""Snapshots of a context that says what is noise."""
+_TRENDS = 4
+"""The mean of the later half, the mean of all, the slope, the spread."""
+_FLOOR = 0.1
+"""Of a tensor's mean spread: what is added to that of each coordinate, so that none moves over ten times as far."""
+_WORK = 31
 """Vectors that fitting and judging one run take beside the rows, the network's own apart; measured."""
 
 
@@ -49,7 +57,7 @@ class PrefixRows(Sums):
 
     Attributes:
         rows_RCD: w_0, w_{n−2}, w_{n−1}, w_n.
-        mean_RD: the mean of the latest snapshots; None where it is a mixture of these.
+        trends_RTD: of contexts of 7 and more, see `_trends`; None of shorter ones.
         moved_RD: w at the last target step less w_n.
     """
 
@@ -57,8 +65,8 @@ class PrefixRows(Sums):
         self.require_room(problem)
         self.rows_RCD = torch.zeros(problem.runs, _ROWS, problem.coordinates)
         self.moved_RD = torch.zeros(problem.runs, problem.coordinates)
-        self._averaged = _averaged(problem.steps_C)
-        self.mean_RD = torch.zeros_like(self.moved_RD) if self._averaged else None
+        long = _is_long(problem.steps_C)
+        self.trends_RTD = torch.zeros(problem.runs, _TRENDS, problem.coordinates) if long else None
 
     @staticmethod
     def require_room(problem: Problem) -> None:
@@ -67,7 +75,7 @@ class PrefixRows(Sums):
         Raises:
             ResourceError: names the largest D.
         """
-        vectors = _ROWS + (2 if _averaged(problem.steps_C) else 1)
+        vectors = _ROWS + 1 + (_TRENDS if _is_long(problem.steps_C) else 0)
         need_each = 4 * (vectors * problem.runs + _WORK)
         if need_each * problem.coordinates > problem.memory:
             raise ResourceError(
@@ -85,8 +93,8 @@ class PrefixRows(Sums):
         own_BCD = _four(prefix)[..., :width].cpu().float()
         self.rows_RCD[runs_B, :, place] = own_BCD
         self.moved_RD[runs_B, place] = truth_BHD[:, -1, :width].cpu().float() - own_BCD[:, -1]
-        if self.mean_RD is not None:
-            self.mean_RD[runs_B, place] = _mean(prefix, self._averaged)[..., :width].cpu().float()
+        if self.trends_RTD is not None:
+            self.trends_RTD[runs_B, :, place] = _trends(prefix)[..., :width].cpu().float()
 
     def merge(self, other: Any) -> None:
         """Take in another part's runs."""
@@ -100,7 +108,20 @@ class PrefixRows(Sums):
 
     @property
     def _parts(self) -> list[Tensor]:
-        return [part for part in (self.rows_RCD, self.moved_RD, self.mean_RD) if part is not None]
+        return [part for part in (self.rows_RCD, self.moved_RD, self.trends_RTD) if part is not None]
+
+    def trends(self, run: int, start: int = 0, stop: int | None = None) -> Tensor | None:
+        """Of one run, of the coordinates from `start` to `stop`: [T, D]."""
+        return None if self.trends_RTD is None else self.trends_RTD[run, :, start:stop]
+
+    def spread(self, layout: Layout) -> Tensor | None:
+        """The mean spread of each tensor's coordinates over all runs, 0 of buffers: [S], float64."""
+        if self.trends_RTD is None:
+            return None
+        spread_S = torch.zeros(len(layout.floats), dtype=torch.float64)
+        for part in layout.segments(0, self.trends_RTD.shape[-1]):
+            spread_S[part.slot] = self.trends_RTD[:, -1, part.start : part.stop].mean(dtype=torch.float64)
+        return spread_S
 
     def drift(self, runs: Sequence[int], start: int = 0, stop: int | None = None) -> "MeanMotion":
         """How some runs move on average, of the coordinates from `start` to `stop`."""
@@ -142,24 +163,29 @@ class MeanMotion:
 
 @final
 class LossLfd(SolvedForecaster):
-    """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}) + d δ + e (w̄ − w_n), with a … e of each tensor.
+    """ŵ = w_n + a (w_n − w_0) + b (w_n − w_{n−1}) + c (w_n − w_{n−2}) + d δ + …, with a, b, c, … of each tensor.
 
     δ is the drift: how far the training runs move on average from w_n to the last target step, a run itself left out.
     Fine-tunings of one pretrained network share much of their way, networks that begin anywhere little (a head, a
     normalisation). Where the drift of the others is no better a forecast of a run's motion than none, there is no d.
-    w̄ is the mean of the later half of the context: where training is noisy, as at a constant rate, the loss at an
-    average is lower than at any snapshot. In contexts of fewer than 7 it is a mixture of the others, and there is no e.
+
+    Contexts of 7 snapshots and more say what is noise in training, as at a constant rate, and there are four more:
+    e (w̄ − w_n), with the mean of the later half, and f, with the mean of all: the loss at an average is lower than at
+    any snapshot. g T s, with s the least-squares slope over the context and T its length. And h T s ⊘ (v / v̄ + .1),
+    with v the mean square of a coordinate's moves from snapshot to snapshot, v̄ its mean over the tensor and the runs:
+    where the noise is that of gradients, v grows with the curvature, so this is Newton's step with a diagonal Hessian.
 
     Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches that no run was trained on
     where the workload has so many, else on training data; held-out data, which `eval` reports on, are never looked at.
+    In long contexts it is done twice, for a to e and for d to h: all together know more by heart.
     The descent begins where one displacement leads to, doubled for as long as that lowers the loss, and its rate is in
     units of that length: a leap may be a hundred times as long as the context. The forecast is the same at every step:
     where loss is least along these directions. Runs are left out in up to 4 folds, and their loss is taken on others,
-    held back from training where the workload holds any back: of the whole leap and shorter ones that is chosen which
-    lowers it most, of those that leave 95 % of the runs no worse where there are such. It must lower it by one standard
-    error, by two where more runs are worse; where none does, all are 0 and w_n is kept.
+    held back from training where the workload holds any back: of the whole leaps and shorter ones that is chosen which
+    lowers it most, or one by a standard error less that leaves 95 % of the runs no worse. It must lower it by one
+    standard error, by two where more runs are worse; where none does, all are 0 and w_n is kept.
 
-    Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and four more.
+    Source: ours (SCIENCE, section 7, "loss-LFD"); the columns are LFD-2's (arXiv 2505.02714) and others.
     Differs: no target step; BatchNorm statistics are those at w_n.
     """
 
@@ -173,6 +199,10 @@ class LossLfd(SolvedForecaster):
         batch: int = field(default=4, metadata={"help": "runs an update, each on one batch of its own"})
         lr: float = field(default=0.05, metadata={"help": "Adam's learning rate, times the length that doubling found"})
         seed: int = field(default=0, metadata={"help": "of the order of runs and batches"})
+        trends: bool = field(
+            default=True,
+            metadata={"help": "whether contexts of 7 snapshots and more give averages and slopes: twice the time"},
+        )
 
         def __post_init__(self) -> None:
             for name, least in (("updates", 1), ("batch", 1), ("seed", 0)):
@@ -187,6 +217,7 @@ class LossLfd(SolvedForecaster):
         self._problem: Problem | None = None
         self._theta_SJ: Tensor | None = None
         self._drift_D: Tensor | None = None
+        self._spread_S: Tensor | None = None
         self._explains = 0.0
         self._without: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         """Coefficients fitted without a run, and the runs they were fitted on."""
@@ -213,9 +244,10 @@ class LossLfd(SolvedForecaster):
         return 3
 
     def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
-        """w_0, and the later half, of at least w_{n−2}, w_{n−1}, w_n."""
+        """All of seven or more; of fewer, or with trends=false, w_0, w_{n−2}, w_{n−1}, w_n."""
         require_future("loss-lfd", self.min_context, steps_C, ())
-        return tuple(dict.fromkeys((steps_C[0], *steps_C[-max(3, (len(steps_C) + 1) // 2) :])))
+        long = self._config.trends and len(steps_C) >= _LONG
+        return tuple(steps_C) if long else tuple(dict.fromkeys((steps_C[0], *steps_C[-3:])))
 
     def prepared(self, problem: Problem, known: Known) -> Self:
         """Take the training loss.
@@ -238,7 +270,7 @@ class LossLfd(SolvedForecaster):
         return prepared
 
     def sums(self, problem: Problem) -> PrefixRows:
-        """Empty rows: 4 × R × D numbers."""
+        """Empty rows: 4 × R × D numbers, 8 for long contexts."""
         require_future("loss-lfd", self.min_context, problem.steps_C, problem.steps_H)
         return PrefixRows(problem)
 
@@ -247,30 +279,39 @@ class LossLfd(SolvedForecaster):
         runs = problem.runs
         fitted = type(self)(self._config)
         fitted._loss, fitted._problem, fitted._explains = self._loss, problem, sums.drift_explains
-        folds = min(_FOLDS, runs)
-        for fold in range(folds):
-            out = range(fold, runs, folds)
-            inside = tuple(run for run in range(runs) if run not in out)
-            fitted._without |= dict.fromkeys(out, (fitted._descended(problem, sums, inside), inside))
-        kept_R = fitted._kept(sums)
-        gain_RQ = torch.stack([kept_R - fitted._left_out(sums, share) for share in _SHRUNK], dim=1)
-        sound_Q, mean_Q = believed(gain_RQ), torch.nan_to_num(gain_RQ.mean(0), nan=-torch.inf)
-        first = (sound_Q & _harmless(gain_RQ), sound_Q, torch.ones_like(sound_Q))
-        open_Q = next(open_Q for open_Q in first if bool(open_Q.any()))
-        chosen = int(torch.where(open_Q, mean_Q, -torch.inf).argmax())
+        fitted._spread_S = sums.spread(problem.layout)
+        kept_R, gains, without = fitted._kept(sums), [], []
+        for letters in fitted._alternatives:
+            fitted._without = fitted._folds(problem, sums, letters)
+            gains += [kept_R - fitted._left_out(sums, share) for share in _SHRUNK]
+            without.append(fitted._without)
+        gain_RQ = torch.stack(gains, dim=1)
+        chosen = choose(gain_RQ)
         mean, error = _mean_and_error(gain_RQ[:, chosen])
         fitted._gain = (float(mean), float(error))
-        share = _SHRUNK[chosen] if bool(sound_Q[chosen]) else 0.0
-        fitted._theta_SJ = share * fitted._descended(problem, sums, range(runs)).double()
-        fitted._without = {run: (share * theta_SJ, inside) for run, (theta_SJ, inside) in fitted._without.items()}
+        which, length = divmod(chosen, len(_SHRUNK))
+        share = _SHRUNK[length] if bool(believed(gain_RQ[:, chosen])) else 0.0
+        whole_SJ = fitted._descended(problem, sums, range(runs), fitted._alternatives[which])
+        fitted._theta_SJ = share * whole_SJ.double()
+        fitted._without = {run: (share * theta_SJ, inside) for run, (theta_SJ, inside) in without[which].items()}
         if fitted._drifts:
             fitted._drift_D = sums.drift(range(runs)).total_D / runs
         return fitted
 
+    def _folds(self, problem: Problem, sums: PrefixRows, letters: str) -> dict[int, tuple[Tensor, tuple[int, ...]]]:
+        """By run: coefficients fitted without it, and the runs they were fitted on."""
+        runs, found = problem.runs, {}
+        folds = min(_FOLDS, runs)
+        for fold in range(folds):
+            out = range(fold, runs, folds)
+            inside = tuple(run for run in range(runs) if run not in out)
+            found |= dict.fromkeys(out, (self._descended(problem, sums, inside, letters), inside))
+        return found
+
     def alone(self, sums: PrefixRows) -> list[Self]:
-        """The drift alone, d = 1, and the average alone, e = 1, where they help runs left out; just after the fit."""
+        """The drift alone, d = 1, and averages, e = 1, f = 1, where they help runs left out; just after the fit."""
         problem, runs = require_fitted("loss-lfd", self._problem), range(len(sums.moved_RD))
-        columns = range(3, len(self._letters))
+        columns = [column for column, letter in enumerate(self._letters) if letter in _WHOLE]
         found: list[Self] = []
         if not columns:
             return found
@@ -281,7 +322,7 @@ class LossLfd(SolvedForecaster):
             alone._theta_SJ = torch.zeros(len(problem.layout.floats), len(self._letters), dtype=torch.float64)
             alone._theta_SJ[:, column] = 1.0
             alone._without = dict.fromkeys(runs, (alone._theta_SJ.float(), tuple(runs)))
-            alone._drift_D = self._drift_D
+            alone._drift_D, alone._spread_S = self._drift_D, self._spread_S
             gain_R = kept_R - alone._left_out(sums)
             mean, error = _mean_and_error(gain_R)
             alone._gain = (float(mean), float(error))
@@ -310,13 +351,16 @@ class LossLfd(SolvedForecaster):
         return self._explains > 0
 
     @property
-    def _averaged(self) -> int:
-        return _averaged(require_fitted("loss-lfd", self._problem).steps_C)
-
-    @property
     def _letters(self) -> str:
         """Of the coefficients that there are, by column."""
-        return "abc" + "d" * self._drifts + "e" * (self._averaged > 0)
+        long = _is_long(require_fitted("loss-lfd", self._problem).steps_C)
+        return "abc" + "d" * self._drifts + "efgh" * long
+
+    @property
+    def _alternatives(self) -> tuple[str, ...]:
+        """Coefficients that are fitted at once; the others are 0."""
+        recent = "".join(letter for letter in self._letters if letter in "abcde")
+        return (recent, self._letters[3:]) if "h" in self._letters else (recent,)
 
     def leapt_without(
         self, sums: PrefixRows, run: int, start: int = 0, stop: int | None = None, share: float = 1.0
@@ -337,13 +381,16 @@ class LossLfd(SolvedForecaster):
         rows_CD = sums.rows_RCD[run, :, start:stop]
         segments = require_fitted("loss-lfd", self._problem).layout.segments(start, start + rows_CD.shape[-1])
         drift_D = sums.drift(inside, start, stop).without(run) if self._drifts else None
-        mean_D = None if sums.mean_RD is None else sums.mean_RD[run, start:stop]
-        return _leapt(rows_CD, segments, share * theta_SJ, drift_D, mean_D)
+        trends_TD = sums.trends(run, start, stop)
+        return _leapt(rows_CD, segments, share * theta_SJ, drift_D, trends_TD, self._spread_S)
 
-    def _descended(self, problem: Problem, sums: PrefixRows, runs: Sequence[int]) -> Tensor:
+    def _descended(self, problem: Problem, sums: PrefixRows, runs: Sequence[int], letters: str) -> Tensor:
         config, loss = self._config, require_fitted("loss-lfd", self._loss)
         lost_by = self._objective(problem, sums, runs)
-        theta_SJ = self._begun(problem, lost_by, runs).requires_grad_()
+        columns = [self._letters.index(letter) for letter in letters]
+        theta_SJ = self._begun(problem, lost_by, runs, columns).requires_grad_()
+        fixed_J = torch.ones(len(self._letters), dtype=torch.bool)
+        fixed_J[columns] = False
         lr = config.lr * max(1.0, float(theta_SJ.detach().abs().max()))
         optimizer = torch.optim.Adam([theta_SJ], lr=lr)
         generator = torch.Generator().manual_seed(config.seed)
@@ -359,6 +406,8 @@ class LossLfd(SolvedForecaster):
             if not bool(total.isfinite()):
                 break  # what was best so far stands
             best = theta_SJ.detach().clone()
+            assert theta_SJ.grad is not None
+            theta_SJ.grad[:, fixed_J] = 0.0
             optimizer.step()
         return best
 
@@ -367,18 +416,24 @@ class LossLfd(SolvedForecaster):
     ) -> Callable[[Tensor, int, int], Tensor]:
         """The loss of one run's batch, by coefficients, of a leap that knows these runs."""
         loss, segments = require_fitted("loss-lfd", self._loss), problem.layout.segments(0, problem.coordinates)
-        drift = sums.drift(runs) if self._drifts else None
+        drift, spread_S = sums.drift(runs) if self._drifts else None, self._spread_S
         room_JD = torch.empty(len(self._letters), problem.coordinates)
 
         def lost_by(theta_SJ: Tensor, run: int, batch: int) -> Tensor:
             drift_D = drift.without(run) if drift else None
-            mean_D = None if sums.mean_RD is None else sums.mean_RD[run]
-            return loss.at(_leapt(sums.rows_RCD[run], segments, theta_SJ, drift_D, mean_D, room_JD), run, batch)
+            known = (drift_D, sums.trends(run), spread_S)
+            return loss.at(_leapt(sums.rows_RCD[run], segments, theta_SJ, *known, room_JD), run, batch)
 
         return lost_by
 
     @torch.no_grad()
-    def _begun(self, problem: Problem, lost_by: Callable[[Tensor, int, int], Tensor], runs: Sequence[int]) -> Tensor:
+    def _begun(
+        self,
+        problem: Problem,
+        lost_by: Callable[[Tensor, int, int], Tensor],
+        runs: Sequence[int],
+        columns: Sequence[int],
+    ) -> Tensor:
         """Where the descent begins: along one displacement, doubled for as long as that lowers the loss, or at 0."""
         fitting = require_fitted("loss-lfd", self._loss).fitting
 
@@ -387,14 +442,14 @@ class LossLfd(SolvedForecaster):
 
         begun_SJ = torch.zeros(len(problem.layout.floats), len(self._letters))
         least = kept = lost(begun_SJ)
-        for column in range(begun_SJ.shape[1]):
+        for column in columns:
             theta_SJ, before = torch.zeros_like(begun_SJ), kept
             theta_SJ[:, column] = 1.0
             while (now := lost(theta_SJ)) < before:
                 if now < least:
                     begun_SJ, least = theta_SJ.clone(), now
-                if self._letters[column] in "de":
-                    break  # as long as they are meant to be
+                if self._letters[column] in _WHOLE:
+                    break  # as long as it is meant to be
                 theta_SJ, before = 2 * theta_SJ, now
         return begun_SJ
 
@@ -416,7 +471,7 @@ class LossLfd(SolvedForecaster):
         return found
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
-        """a, b, c of each tensor; d where there is a drift, e where there is an average."""
+        """a, b, c of each tensor; d where there is a drift, e to h where the context is long."""
         problem = require_fitted("loss-lfd", self._problem)
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
         return [
@@ -438,8 +493,9 @@ class LossLfd(SolvedForecaster):
                 "Fit again with that step in --to.",
             )
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
-        mean_BD = _mean(prefix, self._averaged) if self._averaged else None
-        leapt_BD = _leapt(_four(prefix), prefix.segments, theta_SJ, self._drift_of(prefix), mean_BD)
+        long = _is_long(problem.steps_C)
+        trends_BTD = _trends(prefix) if long else None
+        leapt_BD = _leapt(_four(prefix), prefix.segments, theta_SJ, self._drift_of(prefix), trends_BTD, self._spread_S)
         return leapt_BD[:, None].repeat(1, len(steps_H), 1)
 
     def _drift_of(self, prefix: Prefix) -> Tensor | None:
@@ -450,9 +506,11 @@ class LossLfd(SolvedForecaster):
         return pad(own_D, (0, prefix.weights_BCD.shape[-1] - len(own_D))).to(prefix.weights_BCD)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Coefficients of each tensor, float64 [S, J]; the gain on runs left out and its error; the drift, [D]."""
+        """Coefficients of each tensor, float64 [S, J]; the gain and its error, [2]; drift, [D]; spread, [S]."""
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
         found = {"theta": theta_SJ.contiguous(), "gain": torch.tensor(self._gain, dtype=torch.float64)}
+        if self._spread_S is not None:
+            found["spread"] = self._spread_S
         if self._drift_D is None:
             return found
         return found | {"drift": self._drift_D, "explains": torch.tensor([self._explains], dtype=torch.float64)}
@@ -465,6 +523,8 @@ class LossLfd(SolvedForecaster):
         if "drift" in tensors:
             fitted._drift_D = stored("loss-lfd", tensors, "drift", (problem.coordinates,)).float()
             fitted._explains = float(stored("loss-lfd", tensors, "explains", (1,)))
+        if _is_long(problem.steps_C):
+            fitted._spread_S = stored("loss-lfd", tensors, "spread", (len(problem.layout.floats),))
         shape = (len(problem.layout.floats), len(fitted._letters))
         fitted._theta_SJ = stored("loss-lfd", tensors, "theta", shape)
         mean, error = stored("loss-lfd", tensors, "gain", (2,)).tolist()
@@ -478,20 +538,41 @@ def _four(prefix: Prefix) -> Tensor:
     return prefix.weights_BCD[:, [0, last - 2, last - 1, last]]
 
 
-def _averaged(steps_C: Sequence[int]) -> int:
-    """How many of the observed snapshots, the latest, are averaged: all but w_0, or none where these are only three."""
-    return len(steps_C) - 1 if len(steps_C) > _ROWS else 0
+def _is_long(steps_C: Sequence[int]) -> bool:
+    """Whether what is observed of a context says what is noise."""
+    return len(steps_C) >= _LONG
 
 
-def _mean(prefix: Prefix, latest: int) -> Tensor:
-    """Of the latest snapshots: [B, D]."""
-    return prefix.weights_BCD[:, -latest:].mean(1)
+def _trends(prefix: Prefix) -> Tensor:
+    """What a long context says of each coordinate: [B, T, D].
+
+    In order: the mean of the later half of the snapshots; of all; their least-squares slope over steps, times the
+    length of the context; the mean square of the moves from one to the next.
+    """
+    count = len(prefix.steps_C)
+    steps_C = torch.tensor(prefix.steps_C, dtype=torch.float64)
+    around_C = steps_C - steps_C.mean()
+    slope_C = around_C * (steps_C[-1] - steps_C[0]) / around_C.square().sum()
+    half_C = (torch.arange(count) >= count // 2).double()
+    weights_TC = torch.stack([half_C / half_C.sum(), torch.full((count,), 1 / count), slope_C]).to(prefix.weights_BCD)
+    spread_BD = prefix.weights_BCD.diff(dim=1).square().mean(1)
+    return torch.cat([weights_TC @ prefix.weights_BCD, spread_BD[:, None]], dim=1)
 
 
 def believed(gain_RX: Tensor) -> Tensor:
     """Whether runs left out gain: by a standard error where 95 % of them are no worse, else by two."""
     mean_X, error_X = _mean_and_error(gain_RX)
     return (mean_X > error_X) & (_harmless(gain_RX) | (mean_X > _SURE * error_X))
+
+
+def choose(gain_RQ: Tensor) -> int:
+    """The largest mean gain of those believed, or, within one standard error of it, of those that harm few runs."""
+    mean_Q, sound_Q = torch.nan_to_num(gain_RQ.mean(0), nan=-torch.inf), believed(gain_RQ)
+    open_Q = sound_Q if bool(sound_Q.any()) else torch.ones_like(sound_Q)
+    best = int(torch.where(open_Q, mean_Q, -torch.inf).argmax())
+    short_Q, error_Q = _mean_and_error(gain_RQ[:, best, None] - gain_RQ)
+    near_Q = open_Q & _harmless(gain_RQ) & (short_Q <= error_Q)
+    return int(torch.where(near_Q, mean_Q, -torch.inf).argmax()) if bool(near_Q.any()) else best
 
 
 def _harmless(gain_RX: Tensor) -> Tensor:
@@ -511,7 +592,8 @@ def _leapt(
     segments: Sequence[Segment],
     theta_SJ: Tensor,
     drift_D: Tensor | None,
-    mean_XD: Tensor | None,
+    trends_XTD: Tensor | None,
+    spread_S: Tensor | None,
     room_JD: Tensor | None = None,
 ) -> Tensor:
     """The forecast from what is known of a run, or of several; gradients flow to the coefficients: [D] or [B, D].
@@ -526,8 +608,19 @@ def _leapt(
         torch.sub(last_XD, rows_XCD[..., row, :], out=moved_XJD[..., column, :])
     if drift_D is not None:
         moved_XJD[..., 3, :] = drift_D
-    if mean_XD is not None:
-        torch.sub(mean_XD, last_XD, out=moved_XJD[..., -1, :])
+    if trends_XTD is not None and spread_S is not None:
+        late_XD, whole_XD, slope_XD, own_XD = trends_XTD.unbind(-2)
+        torch.sub(late_XD, last_XD, out=moved_XJD[..., -4, :])
+        torch.sub(whole_XD, last_XD, out=moved_XJD[..., -3, :])
+        moved_XJD[..., -2, :] = slope_XD
+        for part in segments:
+            place, scale = slice(part.start, part.stop), float(spread_S[part.slot])
+            quiet_XD = moved_XJD[..., -1, place]
+            if scale > 0:
+                torch.add(own_XD[..., place] / scale, _FLOOR, out=quiet_XD)
+                torch.div(slope_XD[..., place], quiet_XD, out=quiet_XD)
+            else:
+                quiet_XD.zero_()  # nothing has moved
     theta_SJ = theta_SJ.to(moved_XJD)
     parts = [theta_SJ[part.slot] @ moved_XJD[..., part.start : part.stop] for part in segments]
     return last_XD + torch.cat(parts, dim=-1)

@@ -3,15 +3,16 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from farcli.errors import UsageError
+from farcli.errors import ResourceError, UsageError
 from farcli.fitting.solving import solve
 from farcli.forecasters.base import Known, Prefix, Problem, TrainingLoss
 from farcli.forecasters.far import Far
-from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed
+from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed, choose
 from farcli.layout import layout_of
 
 LAYOUT = layout_of([("one", (3,), "float32", "parameter"), ("two", (2,), "float32", "parameter")])
@@ -135,50 +136,117 @@ def test_without_a_common_way_there_is_no_drift() -> None:
     assert {*fitted.coefficients()[0]} == {"tensor", *"abc"}
 
 
-EIGHT_C = tuple(range(0, 80, 10))
+EIGHT_C = (0, 5, 20, 30, 40, 50, 60, 70)
 
 
-def averaging(runs: int, seed: int = 11) -> tuple[Problem, Prefix, Tensor]:
-    """A problem with a context of eight, its runs, and the mean of each run's later half."""
-    rows_RCD = normal(runs, 8, 5, seed=seed)
-    observed = LossLfd(LossLfd.Config()).observed(EIGHT_C)
-    assert observed == (0, 40, 50, 60, 70)
-    problem = Problem(layout=LAYOUT, coordinates=5, runs=runs, steps_C=observed, steps_H=(80,), memory=10**8)
-    prefix = replace(prefix_of(rows_RCD[:, [0, 4, 5, 6, 7]]), steps_C=observed)
-    return problem, prefix, rows_RCD[:, 4:].mean(1)
+def trending(runs: int, seed: int = 11) -> tuple[Problem, Prefix, dict[str, Tensor]]:
+    """A problem with a context of eight, its runs, and what is known of each beside its ends, computed one by one."""
+    rows_RCD = normal(runs, 8, 5, seed=seed) * torch.tensor([0.2, 1.0, 3.0, 0.5, 2.0])
+    assert LossLfd(LossLfd.Config()).observed(EIGHT_C) == EIGHT_C
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=runs, steps_C=EIGHT_C, steps_H=(80,), memory=10**8)
+    slopes = [np.polyfit(EIGHT_C, rows_CD.numpy(), 1)[0] * 70 for rows_CD in rows_RCD]
+    slope_RD = torch.from_numpy(np.stack(slopes)).float()
+    spread_RD = sum((rows_RCD[:, i + 1] - rows_RCD[:, i]) ** 2 for i in range(7)) / 7
+    assert isinstance(spread_RD, Tensor)
+    mean_D = torch.cat([part.mean().expand(part.shape[1]) for part in spread_RD.split([3, 2], dim=1)])
+    last_RD = rows_RCD[:, -1]
+    found = {
+        "e": rows_RCD[:, 4:].mean(1) - last_RD,
+        "f": rows_RCD.mean(1) - last_RD,
+        "g": slope_RD,
+        "h": slope_RD / (spread_RD / mean_D + 0.1),
+    }
+    return problem, replace(prefix_of(rows_RCD), steps_C=EIGHT_C), found
 
 
-def test_the_mean_of_the_later_half_is_a_direction_of_long_contexts() -> None:
-    problem, prefix, mean_RD = averaging(8)
+@pytest.mark.parametrize("letter", "efgh")
+def test_averages_and_slopes_are_directions_of_long_contexts(letter: str) -> None:
+    problem, prefix, known = trending(8)
     last_RD = prefix.weights_BCD[:, -1]
-    loss = Distance(last_RD + 0.8 * (mean_RD - last_RD))
-    forecaster = LossLfd(LossLfd.Config(updates=400)).prepared(problem, Known(loss=lambda: loss))
+    loss = Distance(last_RD + torch.tensor([0.8, 0.8, 0.8, 0.5, 0.5]) * known[letter])
+    forecaster = LossLfd(LossLfd.Config(updates=150)).prepared(problem, Known(loss=lambda: loss))
     fitted = solve(forecaster, problem, lambda: [(prefix, last_RD[:, None])])
-    found = torch.tensor([[row[key] for key in "abce"] for row in fitted.coefficients()])
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 0.0, 0.8]] * 2), atol=0.03, rtol=0)
+    found = torch.tensor([[row[key] for key in "abcefgh"] for row in fitted.coefficients()])
+    assert letter == "e" or (found[:, :3] == 0).all()  # a to c are fitted without f to h
     forecast_BHD = fitted.forecast(prefix, (80,))
-    torch.testing.assert_close(forecast_BHD[:, 0], loss.points_RD, atol=0.1, rtol=0)
+    by_hand_RD = last_RD + sum(
+        found[[0, 0, 0, 1, 1], column] * known[key] for column, key in enumerate("abcefgh") if key in known
+    )
+    torch.testing.assert_close(forecast_BHD[:, 0], by_hand_RD, atol=1e-4, rtol=1e-4)
+    missed_D, due_D = forecast_BHD[:, 0] - loss.points_RD, last_RD - loss.points_RD
+    assert missed_D.square().sum() < 0.02 * due_D.square().sum()
     again = LossLfd.restore(fitted.config, problem, fitted.tensors())
     assert torch.equal(again.forecast(prefix, (80,)), forecast_BHD)
-    whole = replace(prefix, weights_BCD=normal(8, 8, 5, seed=11), steps_C=EIGHT_C)  # what is observed, and the rest
-    assert torch.equal(again.forecast(whole, (80,)), forecast_BHD)
+    part = replace(prefix, weights_BCD=prefix.weights_BCD[:, :, 2:4], start=2)  # as blocks come: of both tensors
+    torch.testing.assert_close(again.forecast(part, (80,)), forecast_BHD[..., 2:4])
+
+
+def test_a_tensor_that_never_moves_has_no_quiet_coordinates() -> None:
+    problem, prefix, _ = trending(8)
+    prefix.weights_BCD[:, :, 3:] = prefix.weights_BCD[:, :1, 3:]
+    last_RD = prefix.weights_BCD[:, -1]
+    loss = Distance(prefix.weights_BCD.mean(1))
+    forecaster = LossLfd(LossLfd.Config(updates=50)).prepared(problem, Known(loss=lambda: loss))
+    fitted = solve(forecaster, problem, lambda: [(prefix, last_RD[:, None])])
+    assert fitted.notes()["gain_left_out"] > 0  # pyright: ignore[reportOperatorIssue]
+    assert fitted.tensors()["spread"][1] == 0
+    torch.testing.assert_close(fitted.forecast(prefix, (80,))[:, 0, 3:], last_RD[:, 3:])
 
 
 def test_averages_and_drifts_alone_are_what_they_say() -> None:
-    problem, prefix, mean_RD = averaging(8)
+    problem, prefix, known = trending(8)
     last_RD, way_D = prefix.weights_BCD[:, -1], normal(5, seed=12)
     truth_RHD = (last_RD + way_D + 0.05 * normal(8, 5, seed=13))[:, None]
     rows = PrefixRows(problem)
     rows.add(prefix, truth_RHD)
-    for points_RD, expected_RD in ((mean_RD, mean_RD), (last_RD + way_D, truth_RHD[:, 0])):
+    late_RD, whole_RD = last_RD + known["e"], last_RD + known["f"]
+    for points_RD, expected_RD in ((late_RD, late_RD), (whole_RD, whole_RD), (last_RD + way_D, truth_RHD[:, 0])):
         loss = Distance(points_RD)
         forecaster = LossLfd(LossLfd.Config(updates=1)).prepared(problem, Known(loss=lambda loss=loss: loss))
-        [alone] = forecaster.solved(problem, rows).alone(rows)
+        candidates = forecaster.solved(problem, rows).alone(rows)
+        alone = max(candidates, key=lambda candidate: candidate.gain_left_out)
         forecast_BD = alone.forecast(prefix, (80,))[:, 0]
-        tolerance = 1e-6 if expected_RD is mean_RD else 0.2  # a drift is the mean motion, not a run's own
+        drifts = expected_RD is not late_RD and expected_RD is not whole_RD
+        tolerance = 0.2 if drifts else 1e-5  # a drift is the mean motion, not a run's own
         torch.testing.assert_close(forecast_BD, expected_RD, atol=tolerance, rtol=0)
-        moved_BD = forecast_BD - last_RD
-        assert (moved_BD.std(0) < 1e-6).all() == (expected_RD is not mean_RD)
+        assert ((forecast_BD - last_RD).std(0) < 1e-6).all() == drifts
+
+
+def test_without_trends_a_long_context_is_a_short_one() -> None:
+    options = LossLfd.Config(trends=False)
+    assert LossLfd(options).observed(EIGHT_C) == (0, 50, 60, 70)
+    problem, prefix, _ = trending(8)
+    with pytest.raises(ResourceError, match=r"loss-lfd: 8 runs of D = 5 parameters need 2.06 kB.* allows D = 4"):
+        PrefixRows.require_room(replace(problem, memory=2000))
+    few = replace(problem, steps_C=LossLfd(options).observed(EIGHT_C))
+    PrefixRows.require_room(replace(few, memory=2000))
+    seen = replace(prefix, weights_BCD=prefix.weights_BCD[:, [0, 5, 6, 7]], steps_C=few.steps_C)
+    last_RD = seen.weights_BCD[:, -1]
+    loss = Distance(last_RD + 0.5 * (last_RD - seen.weights_BCD[:, -2]))
+    forecaster = LossLfd(options).prepared(few, Known(loss=lambda: loss))
+    fitted = solve(forecaster, few, lambda: [(seen, last_RD[:, None])])
+    assert {*fitted.coefficients()[0]} == {"tensor", *"abc"}
+    assert fitted.notes()["gain_left_out"] > 0  # pyright: ignore[reportOperatorIssue]
+    far = Far(Far.Config(trends=False)).prepared(problem, Known(loss=lambda: loss))
+    assert far.observed(EIGHT_C) == few.steps_C
+    assert Far(Far.Config()).prepared(problem, Known(loss=lambda: loss)).observed(EIGHT_C) == EIGHT_C
+
+
+@pytest.mark.parametrize(
+    ("more", "chosen"),
+    [
+        ([0.5] * 20, 0),  # less, beyond doubt
+        ([1.2, 0.75] * 10, 1),  # less by .055 on average, within the error of that, and harms nobody
+        ([1.2, 0.85] * 9 + [1.2, -0.1], 1),  # or one of twenty
+        ([1.2, 0.85] * 9 + [-0.1, -0.1], 0),
+    ],
+)
+def test_a_leap_that_harms_few_is_chosen_where_it_gains_about_as_much(more: list[float], chosen: int) -> None:
+    best_R = torch.tensor([1.2, 1.0] * 8 + [2.0, 2.0, -0.5, -0.5], dtype=torch.float64)
+    gain_RQ = torch.stack([best_R, torch.tensor(more, dtype=torch.float64)], dim=1)
+    assert choose(gain_RQ) == chosen
+    assert choose(torch.stack([best_R, torch.full_like(best_R, torch.nan)], dim=1)) == 0
+    assert choose(-gain_RQ.abs()) in (0, 1)  # something, to be refused
 
 
 @pytest.mark.parametrize(

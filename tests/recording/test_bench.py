@@ -49,6 +49,8 @@ def test_rows_of_a_small_network(tmp_path: Path):
         assert row["longest_stall_seconds"] >= row["copy_seconds"] > 0
         assert row["longest_stall_copies"] == pytest.approx(row["longest_stall_seconds"] / row["copy_seconds"])
         assert row["longest_copy_copies"] >= 1
+        assert row["longest_stall_memcpies"] == pytest.approx(row["longest_stall_seconds"] / row["memcpy_seconds"])
+        assert row["longest_memcpy_memcpies"] >= 1
         assert row["copy_slowdown_percent"] > -100
         assert 1 <= row["snapshot_disk_bytes"] / (4 * row["parameters"]) < 1.3
         assert row["reached"] == {"slowdown": None, "stall": None}
