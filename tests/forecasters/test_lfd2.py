@@ -246,7 +246,8 @@ def test_sums_of_targets_in_parts_are_those_of_whole_blocks(dtype: torch.dtype) 
                 parts.add(prefixes[index], weights_BTD[:, 2 + first : 2 + last, a:b], first)
     exact = weights_BTD.double()
     moved_BHD = exact[:, 2:] - exact[:, 1:2]
-    rounding = 1e-13 if dtype == torch.float64 else 1e-6
+    # float32 sums of 70,000 squares: processors with eight lanes lose twice as much as those with sixteen, 1.9e-6
+    rounding = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 3e-6}[dtype]
     for slot, tensor in enumerate(layout.floats):
         columns = slice(tensor.offset, tensor.stop)
         truth = moved_BHD[..., columns].square().sum(-1)
