@@ -106,9 +106,9 @@ def test_the_first_loss_is_that_of_a_uniform_guess_and_chance_knows_the_frequenc
 
 
 def test_it_learns_english():
-    workload = tiny(lr="0.01", windows="64")
+    workload = tiny(lr="0.003", windows="64")  # at .01 the order of sums decides over .1 of loss
     run = TrainingRun(workload, [SEED])
-    run.advance(180)  # at 120 the loss falls steeply: 2.1 on one processor, 2.35 on another
+    run.advance(180)
     measured, chance = workload.evaluate(run.model, SEED), workload.chance()
     assert measured["loss"] < chance["loss"] - 0.5
     assert measured["accuracy"] > chance["accuracy"] + 0.05
