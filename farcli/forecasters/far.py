@@ -372,9 +372,10 @@ class Far(SolvedForecaster):
         leap = self._leaps.prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
         leap = max([leap, *leap.alone(rows)], key=lambda candidate: candidate.gain_left_out)
         ends = (problem.steps_C[0], problem.steps_C[-1])
+        kept_R, leapt_R = leap.judged
         gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)
+        gain_2RH[1] = (kept_R - leapt_R)[:, None]
         for run in range(runs):
-            kept = leap.loss_at(rows_RCD[run, -1], run)
             blocks = [
                 Prefix(weights_BCD=part_CD[None], steps_C=ends, layout=problem.layout, start=_PART * number,
                        runs_B=(run,))
@@ -382,8 +383,7 @@ class Far(SolvedForecaster):
             ]  # fmt: skip
             for h, step in enumerate(problem.steps_H):
                 parts = [self._lfd2[0].forecasts_left_out(block, (step,)).to(rows_RCD.dtype) for block in blocks]
-                gain_2RH[0, run, h] = kept - leap.loss_at(torch.cat(parts, dim=-1)[0, 0], run)
-            gain_2RH[1, run] = kept - leap.loss_at(leap.leapt_without(rows, run), run)
+                gain_2RH[0, run, h] = kept_R[run] - leap.loss_at(torch.cat(parts, dim=-1)[0, 0], run)
         sound_2H = torch.stack([believed(gain_RH) for gain_RH in gain_2RH])
         best_H = torch.where(sound_2H, gain_2RH.mean(1), -torch.inf).argmax(0)
         self._choice_H = torch.where(sound_2H.any(0), best_H + _LFD2, _KEEP)

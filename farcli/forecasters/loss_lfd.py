@@ -221,6 +221,8 @@ class LossLfd(SolvedForecaster):
         self._explains = 0.0
         self._without: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         """Coefficients fitted without a run, and the runs they were fitted on."""
+        self._kept_R: Tensor | None = None
+        self._leapt_R: Tensor | None = None
         self._gain = (float("nan"), float("nan"))
 
     @property
@@ -280,17 +282,18 @@ class LossLfd(SolvedForecaster):
         fitted = type(self)(self._config)
         fitted._loss, fitted._problem, fitted._explains = self._loss, problem, sums.drift_explains
         fitted._spread_S = sums.spread(problem.layout)
-        kept_R, gains, without = fitted._kept(sums), [], []
+        kept_R, losses, without = fitted._kept(sums), [], []
         for letters in fitted._alternatives:
             fitted._without = fitted._folds(problem, sums, letters)
-            gains += [kept_R - fitted._left_out(sums, share) for share in _SHRUNK]
+            losses += [fitted._left_out(sums, share) for share in _SHRUNK]
             without.append(fitted._without)
-        gain_RQ = torch.stack(gains, dim=1)
+        gain_RQ = kept_R[:, None] - torch.stack(losses, dim=1)
         chosen = choose(gain_RQ)
         mean, error = _mean_and_error(gain_RQ[:, chosen])
         fitted._gain = (float(mean), float(error))
         which, length = divmod(chosen, len(_SHRUNK))
         share = _SHRUNK[length] if bool(believed(gain_RQ[:, chosen])) else 0.0
+        fitted._kept_R, fitted._leapt_R = kept_R, losses[chosen] if share else kept_R
         whole_SJ = fitted._descended(problem, sums, range(runs), fitted._alternatives[which])
         fitted._theta_SJ = share * whole_SJ.double()
         fitted._without = {run: (share * theta_SJ, inside) for run, (theta_SJ, inside) in without[which].items()}
@@ -312,10 +315,8 @@ class LossLfd(SolvedForecaster):
         """The drift alone, d = 1, and averages, e = 1, f = 1, where they help runs left out; just after the fit."""
         problem, runs = require_fitted("loss-lfd", self._problem), range(len(sums.moved_RD))
         columns = [column for column, letter in enumerate(self._letters) if letter in _WHOLE]
+        kept_R = require_fitted("loss-lfd", self._kept_R)
         found: list[Self] = []
-        if not columns:
-            return found
-        kept_R = self._kept(sums)
         for column in columns:
             alone = type(self)(self._config)
             alone._loss, alone._problem, alone._explains = self._loss, problem, self._explains
@@ -323,12 +324,18 @@ class LossLfd(SolvedForecaster):
             alone._theta_SJ[:, column] = 1.0
             alone._without = dict.fromkeys(runs, (alone._theta_SJ.float(), tuple(runs)))
             alone._drift_D, alone._spread_S = self._drift_D, self._spread_S
-            gain_R = kept_R - alone._left_out(sums)
+            alone._kept_R, alone._leapt_R = kept_R, alone._left_out(sums)
+            gain_R = kept_R - alone._leapt_R
             mean, error = _mean_and_error(gain_R)
             alone._gain = (float(mean), float(error))
             if bool(believed(gain_R)):
                 found.append(alone)
         return found
+
+    @property
+    def judged(self) -> tuple[Tensor, Tensor]:
+        """Training runs' loss at w_n, and at leaps fitted without them, just after the fit: both [R]."""
+        return require_fitted("loss-lfd", self._kept_R), require_fitted("loss-lfd", self._leapt_R)
 
     def _kept(self, sums: PrefixRows) -> Tensor:
         """Training runs' loss at w_n: [R]."""
@@ -493,8 +500,7 @@ class LossLfd(SolvedForecaster):
                 "Fit again with that step in --to.",
             )
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
-        long = _is_long(problem.steps_C)
-        trends_BTD = _trends(prefix) if long else None
+        trends_BTD = None if self._spread_S is None else _trends(prefix)
         leapt_BD = _leapt(_four(prefix), prefix.segments, theta_SJ, self._drift_of(prefix), trends_BTD, self._spread_S)
         return leapt_BD[:, None].repeat(1, len(steps_H), 1)
 
