@@ -160,6 +160,31 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Displacem
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """How forecasts are verified before they are measured.
+
+    Attributes:
+        loss: (vector [D], integers [I], run) → loss on data that no measure reports on.
+        lengths: shares of the way from w_n to a forecast that are tried; the one with the lowest loss counts.
+    """
+
+    loss: Callable[[np.ndarray, np.ndarray, int], float]
+    lengths: tuple[float, ...]
+
+    def passed(
+        self, last_D: np.ndarray, forecast_D: np.ndarray, integers: np.ndarray, run: int, kept: float
+    ) -> tuple[float, np.ndarray]:
+        """The share of the way that lowers the loss of w_n, `kept`, most, and the weights there; 0 and w_n if none."""
+        best, length, chosen_D = kept, 0.0, last_D
+        for share in self.lengths:
+            there_D = forecast_D if share == 1 else last_D + share * (forecast_D - last_D)
+            lost = self.loss(there_D, integers, run)
+            if lost < best:  # NaN is no gain
+                best, length, chosen_D = lost, share, there_D
+        return length, chosen_D
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
     """Held-out measures of a network at given weights.
 
@@ -169,24 +194,26 @@ class Measure:
         cost: of checking one forecast, in training steps: verifying it, where that is done, else one measurement;
             None where nobody knows it.
         network: what is measured; None where it is out of sight.
-        verification: (vector [D], integers [I], run) → loss on data that no measure reports on, by which forecasts are
-            refused before they are measured; None where none are.
+        verification: by which forecasts are shortened or refused before they are measured; None where none are.
     """
 
     of: Callable[[np.ndarray, np.ndarray, int], dict[str, float]]
     chance: dict[str, float] | None
     cost: float | None
     network: Network | None = None
-    verification: Callable[[np.ndarray, np.ndarray, int], float] | None = None
+    verification: Verification | None = None
 
 
-def measure_of_workload(truth: Trajectory, buffers: EvalBuffers, verify: int = 0) -> Measure | None:
+def measure_of_workload(
+    truth: Trajectory, buffers: EvalBuffers, verify: int = 0, lengths: Sequence[float] = (1.0,)
+) -> Measure | None:
     """The held-out measure of the workload a store was recorded from; None where it names none.
 
     Args:
         truth: the store.
         buffers: what becomes of BatchNorm statistics.
         verify: batches to verify a forecast on; 0 measures every forecast as it is.
+        lengths: shares of the way to it that are verified.
 
     Raises:
         StoreError: the workload cannot be built again, or is not that of the stored network.
@@ -215,11 +242,11 @@ def measure_of_workload(truth: Trajectory, buffers: EvalBuffers, verify: int = 0
     def batches(run: int) -> Sequence[Batch]:
         return workload.verification(seeds[run], 0, verify)
 
-    def verification(vector: np.ndarray, integers: np.ndarray, run: int) -> float:
+    def lost(vector: np.ndarray, integers: np.ndarray, run: int) -> float:
         return network.verify(vector, integers, seeds[run], batches(run), reestimate_buffers=anew)
 
     # A forward pass is a third of a step; a verified forecast takes one at w_n too.
-    looks, cost = (2, len(batches(truth.runs[0])) / 3) if verify else (1, workload.evaluation_cost())
+    looks, cost = (1 + len(lengths), len(batches(truth.runs[0])) / 3) if verify else (1, workload.evaluation_cost())
     if anew:
         cost += workload.calibration_cost()
     return Measure(
@@ -227,7 +254,7 @@ def measure_of_workload(truth: Trajectory, buffers: EvalBuffers, verify: int = 0
         chance=workload.chance(),
         cost=looks * cost,
         network=network,
-        verification=verification if verify else None,
+        verification=Verification(loss=lost, lengths=tuple(lengths)) if verify else None,
     )
 
 
@@ -277,13 +304,13 @@ class HeldOut:
         recorded: of the runs at every snapshot.
         curves: run → the loss curve that equivalent steps are read from.
         forecast: per candidate, at every horizon; of a refused forecast those of w_n.
-        refused: per candidate the (run, step) whose forecasts verification refused.
+        lengths: per candidate and (run, step) the share of the way that passed verification; 0 where none did.
     """
 
     recorded: Results
     curves: dict[int, LossCurve]
     forecast: list[Results]
-    refused: list[set[tuple[int, int]]]
+    lengths: list[dict[tuple[int, int], float]]
 
 
 def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure) -> HeldOut:
@@ -320,24 +347,32 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
         }
         for run in runs
     }
-    forecast: list[Results] = []
-    refused: list[set[tuple[int, int]]] = []
     verification = measure.verification
     kept: dict[int, float] = {}
     if verification is not None:
-        kept = {run: verification(recorded_vector(run, origin), truth.integers(run, origin), run) for run in runs}
+        kept = {run: verification.loss(recorded_vector(run, origin), truth.integers(run, origin), run) for run in runs}
+    forecast: list[Results] = []
+    lengths: list[dict[tuple[int, int], float]] = []
     for candidate in candidates:
         results: Results = {run: {} for run in runs}
-        refused.append(set())
+        passed: dict[tuple[int, int], float] = {}
+        before: tuple[int, int, np.ndarray] | None = None
         for run, step, vector in candidate.vectors(setting):
-            if verification is not None and not (
-                verification(vector, truth.integers(run, origin), run) < kept[run]  # NaN fails
-            ):
-                refused[-1].add((run, step))
+            if before is not None and before[0] == run and np.array_equal(before[2], vector):
+                results[run][step], passed[run, step] = results[run][before[1]], passed[run, before[1]]
+                done += 1  # many forecast the same at every step
+                continue
+            before, length, chosen = (run, step, vector), 1.0, vector
+            if verification is not None:
+                last = recorded_vector(run, origin)
+                length, chosen = verification.passed(last, vector, truth.integers(run, origin), run, kept[run])
+            passed[run, step] = length
+            if length:
+                results[run][step] = measured(chosen, run, origin, f"held-out loss of {candidate.label}")
+            else:
                 results[run][step] = recorded[run][origin]
                 done += 1
-            else:
-                results[run][step] = measured(vector, run, origin, f"held-out loss of {candidate.label}")
         forecast.append(results)
+        lengths.append(passed)
     curves = {run: LossCurve.of(truth.steps, [recorded[run][step]["loss"] for step in truth.steps]) for run in runs}
-    return HeldOut(recorded=recorded, curves=curves, forecast=forecast, refused=refused)
+    return HeldOut(recorded=recorded, curves=curves, forecast=forecast, lengths=lengths)

@@ -136,6 +136,57 @@ def test_a_forecast_is_kept_where_other_data_allow_it_and_counts_as_w_n_elsewher
     assert any(pick(verified, "linear", step)["kept"] < 1 for step in (15, 30))
 
 
+def test_of_several_lengths_the_one_that_verification_likes_best_counts(held_back):
+    """The line at half, all and twice its length, run by run, against losses computed here."""
+    lengths = (0.5, 1.0, 2.0)
+    truth = Trajectory.open(held_back)
+    workload = workload_of(truth.header)
+    assert workload is not None
+    network = Network(workload, truth.layout)
+    rows = farcli.evaluate(["linear"], str(held_back), start=10, context=3, targets="15,30", verify=4, lengths=lengths)
+    seeds, chosen = truth.header["seeds"], []
+    for step in (15, 30):
+        found, losses = [], []
+        for run in truth.runs:
+            last, before = (truth.read([run], [s])[0, 0].astype(np.float64) for s in (10, 5))
+            integers, batches = truth.integers(run, 10), workload.verification(seeds[run], 0, 4)
+            way = np.zeros_like(last)
+            part = slice(0, truth.layout.parameters)
+            way[part] = (last - before)[part] * (step - 10) / 5
+            tried = {length: (last + length * way).astype(np.float32) for length in (0.0, *lengths)}
+            verified = {length: network.verify(at, integers, seeds[run], batches) for length, at in tried.items()}
+            found.append(min(verified, key=lambda length: verified[length]))
+            losses.append(network.evaluate(tried[found[-1]], integers, seeds[run])["loss"])
+        row, passed = pick(rows, "linear", step), [length for length in found if length]
+        assert row["kept"] == pytest.approx(len(passed) / len(found))
+        assert row["length"] == (pytest.approx(np.mean(passed)) if passed else None)
+        assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+        assert row["equivalent_steps"] - row["net_steps"] == pytest.approx(4 * 4 / 3)  # w_n and three lengths
+        assert pick(rows, "persistence", step)["length"] is None
+        chosen += found
+    assert len(set(chosen)) > 1
+
+
+def test_a_forecast_that_is_the_same_at_every_step_is_verified_and_measured_once(held_back):
+    rows = farcli.evaluate(["lawa"], str(held_back), start=10, context=3, targets="15,30", verify=4, lengths=[0.5, 1])
+    one, two = (pick(rows, "lawa", step) for step in (15, 30))
+    for key in ("loss", "kept", "length", "better"):
+        assert one[key] == two[key]
+    alone = farcli.evaluate(["lawa"], str(held_back), start=10, context=3, targets="30", verify=4, lengths=[0.5, 1])
+    assert pick(alone, "lawa", 30) == two
+
+
+@pytest.mark.parametrize("lengths", [[], [1, 1], [0], [-1], [float("nan")], [float("inf")]])
+def test_lengths_are_different_numbers_above_0(held_back, lengths):
+    with pytest.raises(UsageError, match="different numbers above 0"):
+        farcli.evaluate(["linear"], str(held_back), context=3, verify=2, lengths=lengths)
+
+
+def test_lengths_are_chosen_by_verification(held_back):
+    with pytest.raises(UsageError, match="without --verify"):
+        farcli.evaluate(["linear"], str(held_back), context=3, lengths=[0.5])
+
+
 def test_verifying_needs_data_of_its_own(held_back, small):
     with pytest.raises(UsageError, match="no images are left"):
         farcli.evaluate(["linear"], str(small / "digits.zarr"), context=3, verify=4)

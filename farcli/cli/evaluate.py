@@ -36,6 +36,7 @@ COLUMNS = (
     Column(key="worth", heading="worth"),
     Column(key="better", heading="better", form=".0%", spare=1),
     Column(key="kept", heading="kept", form=".0%"),
+    Column(key="length", heading="length", form=".2f"),
 )
 
 _POLICIES = {
@@ -70,6 +71,9 @@ def evaluate(
     verify: Annotated[
         int, typer.Option("--verify", help="Refuse, run by run, what does not lower the loss of so many other batches.")
     ] = 0,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="With --verify: the best share of the way counts, 0.5,1,1.5.")
+    ] = None,
     buffers: Annotated[
         EvalBuffers,
         typer.Option("--buffers", help="BatchNorm statistics: stored, or taken anew from training data."),
@@ -92,7 +96,7 @@ def evaluate(
     Example: farcli eval forecast.zarr runs/digits.zarr
     """
     from farcli.cli.output import chosen_format, emit
-    from farcli.verbs.evaluate import check, parse_limits
+    from farcli.verbs.evaluate import check, parse_lengths, parse_limits
 
     most, least = parse_limits(limits or [], "--max"), parse_limits(lower or [], "--min")
     rows = evaluated(
@@ -107,6 +111,7 @@ def evaluate(
         per_tensor=per_tensor,
         loss=loss,
         verify=verify,
+        lengths=None if lengths is None else parse_lengths(lengths),
         buffers=buffers,
         transfer=transfer,
         device=device,
@@ -208,6 +213,8 @@ def _notes(rows: list[dict]) -> list[str]:
             "kept: runs whose forecast lowered the loss of batches that nothing is reported on; elsewhere w_n",
             "counts in all that is held out. mse and skill are the forecast's own.",
         ]
+    if any(row.get("length") not in (None, 1) for row in rows):
+        notes.append("length: mean share of the way to it that did so most.")
     if cost is not None:
         what = "Verifying one forecast" if verified else "Checking one forecast on the held-out data"
         notes.append(f"{what} costs {cost:.1f} steps (net_steps takes them off).")

@@ -4,6 +4,7 @@ Every evaluation holds, beside what was asked for, the trivial yardsticks, the t
 line, all measured the same way.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,7 @@ def evaluate(
     per_tensor: bool = False,
     loss: str | None = None,
     verify: int = 0,
+    lengths: Sequence[float] | None = None,
     buffers: EvalBuffers = "stored",
     transfer: bool = False,
     device: str = "auto",
@@ -91,6 +93,8 @@ def evaluate(
         loss: "package.module:function" measuring a state_dict on held-out data, for stores without a workload.
         verify: refuse, run by run, what does not lower the loss of so many batches that nothing is reported on; a
             refused forecast counts as w_n. 0 measures every forecast as it is.
+        lengths: shares of the way from w_n to a forecast to verify, where the one with the lowest loss counts; the
+            forecast itself when None.
         buffers: what becomes of BatchNorm statistics when the loss is measured.
         transfer: allow maps fitted on another network.
         device: where to compute.
@@ -105,8 +109,8 @@ def evaluate(
         accuracy (means over runs), equivalent_steps (median over runs of the training steps that the forecast is
         worth, against keeping w_n), bounded (runs in which that is only a bound), net_steps (after paying
         one held-out evaluation, or the verification), better and not_worse (share of runs with a lower loss than
-        w_n's, and with no higher one), kept (share of runs in which verification did not refuse; None without it),
-        runs, stores, in_sample;
+        w_n's, and with no higher one), kept (share of runs in which verification did not refuse) and length (mean
+        over these of the share of the way that counts; both None without it), runs, stores, in_sample;
         of forecasts and yardsticks also ranked_by ("loss", or "mse" without one), rank (1 is best), behind (mean
         over runs of that measure minus the best one's) and gain (of w_n's minus its own); equivalent_steps,
         behind and gain come with the ends of their 95 % interval over runs (…_low, …_high; None for one run).
@@ -126,6 +130,7 @@ def evaluate(
         raise UsageError(f"--verify {verify}: expected a number of batches.")
     if loss is not None and verify:
         raise UsageError("--verify needs the data of a workload; --loss has none.")
+    tried = _lengths(lengths, verify)
     by_name = any(not is_store(text) and not is_file_like(text) for text in forecasts)
     for option, given in (("--set", options), ("--context", context)):
         if given is not None and given != {} and not by_name:
@@ -175,8 +180,19 @@ def evaluate(
         for text in remarks[id(setting.truth)]:
             say_once(text)
     _check_grids([setting for _, setting in chosen])
-    weighed = [_weigh(named, setting, loss, verify, train_runs, say_once) for named, setting in chosen]
+    weighed = [_weigh(named, setting, loss, verify, tried, train_runs, say_once) for named, setting in chosen]
     return weighed_rows(_in_all(weighed, say_once), per_tensor=per_tensor)
+
+
+def _lengths(given: Sequence[float] | None, verify: int) -> tuple[float, ...]:
+    if given is None:
+        return (1.0,)
+    text = ",".join(f"{length:g}" for length in given)
+    if not verify:
+        raise UsageError(f"--lengths {text}: there is nothing to choose by without --verify N.")
+    if not given or len(set(given)) < len(given) or not all(0 < length < math.inf for length in given):
+        raise UsageError(f"--lengths {text}: expected different numbers above 0, for example 0.5,1,1.5.")
+    return tuple(given)
 
 
 def split_inputs(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -278,14 +294,20 @@ def _prepare(
 
 
 def _weigh(
-    named: Sequence[Candidate], setting: Setting, loss: str | None, verify: int, train_runs: str | None, warn: Warn
+    named: Sequence[Candidate],
+    setting: Setting,
+    loss: str | None,
+    verify: int,
+    lengths: Sequence[float],
+    train_runs: str | None,
+    warn: Warn,
 ) -> Weighed:
     candidates = [*named, *_yardsticks(named, setting, train_runs, warn)]
     truth = setting.truth
     if loss is not None:
         measure = measure_of_function(truth, loss)
     else:
-        measure = measure_of_workload(truth, setting.buffers, verify)
+        measure = measure_of_workload(truth, setting.buffers, verify, lengths)
     if measure is None and verify:
         raise UsageError(f"--verify {verify}: {truth.path} names no workload, so there are no data to verify on.")
     sums = compare(candidates, setting)
@@ -311,7 +333,7 @@ def _in_all(weighed: Sequence[Weighed], warn: Warn) -> list[Weighed]:
         measured = each.found and replace(
             each.found,
             forecast=[each.found.forecast[place] for place in places],
-            refused=[each.found.refused[place] for place in places],
+            lengths=[each.found.lengths[place] for place in places],
         )
         found.append(
             replace(
@@ -556,6 +578,18 @@ def _climatologies(
         )
         found[kind.name] = Candidate(label=kind.name, role="yardstick", method=method, stored=None, training=training)
     return found
+
+
+def parse_lengths(text: str) -> list[float]:
+    """Numbers of "0.5,1,1.5".
+
+    Raises:
+        UsageError: it is not that.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--lengths {text!r}: expected different numbers above 0, for example 0.5,1,1.5.") from None
 
 
 def parse_limits(texts: Sequence[str], flag: str) -> dict[str, float]:

@@ -26,6 +26,7 @@ _LOSS_KEYS = (
     "better",
     "not_worse",
     "kept",
+    "length",
 )
 _RANK_KEYS = ("ranked_by", "rank", "behind", "behind_low", "behind_high", "gain", "gain_low", "gain_high")
 
@@ -143,19 +144,19 @@ class _Losses:
     worth_B: np.ndarray
     bounded: int
     accuracies: list[float]
-    passed: float | None
-    """Share of runs whose forecast was not refused; None where nothing is verified."""
+    length_B: np.ndarray | None
+    """Share of the way to the forecast that passed verification, 0 where none did; None where nothing is verified."""
 
     @classmethod
     def of(cls, weighed: Sequence[Weighed], candidate: int | None, step: int) -> "_Losses":
         """Of a candidate, or of the recorded future when None."""
-        losses, kept, worth, accuracies, bounded, refused = [], [], [], [], 0, 0
+        losses, kept, worth, accuracies, lengths, bounded = [], [], [], [], [], 0
         verified = candidate is not None and all(each.measure and each.measure.verification for each in weighed)
         for each in weighed:
             assert each.found is not None
             results = each.found.recorded if candidate is None else each.found.forecast[candidate]
             for run in each.setting.source.runs:
-                refused += candidate is not None and (run, step) in each.found.refused[candidate]
+                lengths += [each.found.lengths[candidate][run, step]] if candidate is not None else []
                 measures, keep = results[run][step], each.found.recorded[run][each.setting.origin]["loss"]
                 steps, bound = each.found.curves[run].steps_to(measures["loss"])
                 losses.append(measures["loss"])
@@ -169,13 +170,14 @@ class _Losses:
             worth_B=np.array(worth),
             bounded=bounded,
             accuracies=accuracies,
-            passed=1 - refused / len(losses) if verified else None,
+            length_B=np.array(lengths) if verified else None,
         )
 
     def measures(self, cost: float | None) -> dict[str, Any]:
         """Means and medians over the runs; `cost` of checking one forecast, in training steps."""
         equivalent = float(np.median(self.worth_B))
         low, high = bootstrap_interval(self.worth_B, np.median)
+        length_B = self.length_B
         return {
             "loss": float(self.loss_B.mean()),
             "accuracy": float(np.mean(self.accuracies)) if self.accuracies else None,
@@ -186,5 +188,6 @@ class _Losses:
             "net_steps": equivalent - cost if cost is not None else None,
             "better": float((self.loss_B < self.kept_B).mean()),
             "not_worse": float((self.loss_B <= self.kept_B).mean()),
-            "kept": self.passed,
+            "kept": None if length_B is None else float((length_B > 0).mean()),
+            "length": None if length_B is None or not length_B.any() else float(length_B[length_B > 0].mean()),
         }
