@@ -6,8 +6,9 @@
 Every network is recorded at its workload's tuned rate (the plain CNN: tuned on as many images), a snapshot an epoch
 (the plain CNN: four; DistilBERT: four an epoch of 640 sentences). `far` is fitted on some runs and judged on others,
 from w_n with n = 8 snapshots, and so are the yardsticks.
-A forecast counts only where it lowers the loss of four batches that nothing is reported on, run by run, else w_n does;
-worth is in epochs, after paying for that. Beside networks with BatchNorm stands what new statistics do for w_n alone.
+A forecast counts only where it lowers the loss of four batches that nothing is reported on, run by run, and as far
+along as does so most (`eval --lengths`; DistilBERT: all the way), else w_n does; worth is in epochs, after paying for
+that. Beside networks with BatchNorm stands what new statistics do for w_n alone.
 Rows go to scripts/results/far-networks.ndjson, a table and a picture beside.
 
 The goal, wherever training still improves (the true weights at that horizon have 95 % of w_n's loss or less): held-out
@@ -49,6 +50,7 @@ class Case:
         test: runs to judge on.
         seed: of the recording.
         method: options of `far`.
+        lengths: shares of the way to a forecast that verification may choose from.
         memory: bytes that the data may take.
     """
 
@@ -63,6 +65,7 @@ class Case:
     test: int
     seed: int = 100
     method: dict[str, str] = field(default_factory=dict)
+    lengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
     memory: int = 2_000_000_000
 
 
@@ -78,10 +81,11 @@ CASES = {
                              every=20, epoch=20, last=15, starts=(7,), ahead=(1, 2, 4, 8), train=20, test=20),
     "fashion-plain-cnn": Case(workload="image-cnn", options={"data": "fashion-mnist", "train": "2560",
                                                              "held_out": "1000", "optimizer": "sgd", "lr": "0.2"},
-                              every=5, epoch=20, last=60, starts=(7, 14, 28, 44), ahead=(4, 8, 16), train=20, test=20),
+                              every=5, epoch=20, last=60, starts=(7, 14, 28, 44), ahead=(4, 8, 16), train=20, test=40),
     "distilbert": Case(workload="distilbert", options={"held_back": "8928", "sentences": "250"}, every=5, epoch=20,
                        last=15, starts=(7,), ahead=(2, 4, 8), train=8, test=10,
-                       method={"method": "loss", "updates": "50", "trends": "false"}, memory=14_000_000_000),
+                       method={"method": "loss", "updates": "50", "trends": "false"}, lengths=(1.0,),
+                       memory=14_000_000_000),
 }  # fmt: skip
 
 
@@ -101,7 +105,7 @@ def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
         fitted = fit("far", [str(store)], file, context=CONTEXT, start=origin, targets=targets, device="cpu",
                      train_runs=f"0:{case.train}", options=case.method, memory=case.memory, replace=True)  # fmt: skip
         found = evaluate([str(file)], str(store), runs=f"{case.train}:{total}", targets=targets, verify=BATCHES,
-                         device="cpu", memory=case.memory)  # fmt: skip
+                         lengths=case.lengths, device="cpu", memory=case.memory)  # fmt: skip
         if layout.size > layout.parameters:  # BatchNorm's statistics
             again = evaluate(["persistence"], str(store), runs=f"{case.train}:{total}", targets=targets, start=origin,
                              buffers="reestimate", device="cpu", memory=case.memory)  # fmt: skip

@@ -231,6 +231,7 @@ class Far(SolvedForecaster):
         self._physics: _Physics | None = None
         self._loss: TrainingLoss | None = None
         self._leap: _Leap | None = None
+        self._leaps_coupling = Coupling.COORDINATEWISE
         self._choice_H: Tensor | None = None
         self._reason = ""
 
@@ -241,8 +242,10 @@ class Far(SolvedForecaster):
 
     @property
     def coupling(self) -> Coupling:
-        """Joint for identification, coordinate-wise for LFD-2."""
-        return Coupling.JOINT if self._config.method == "identify" else Coupling.COORDINATEWISE
+        """Joint for identification, coordinate-wise for LFD-2, as they are for leaps."""
+        if self._leap is not None:
+            return self._leap.forecaster.coupling
+        return Coupling.JOINT if self._config.method == "identify" else self._leaps_coupling
 
     @property
     def transferable(self) -> bool:
@@ -323,6 +326,8 @@ class Far(SolvedForecaster):
         if against and self._config.method == "loss":
             raise UsageError(f"far: method = loss cannot be: {against}.", "Leave method at auto.")
         self._config = replace(self._config, method="lfd2" if against else "loss")
+        if not against:
+            self._leaps_coupling = self._leaps.coupling_in(problem.steps_C)
         self._reason += f"; not by loss: {against}" if against else "; judged by loss"
 
     def sums(self, problem: Problem) -> Sums:

@@ -1,7 +1,7 @@
 """loss-lfd: a leap along a run's own recent motion, fitted on loss instead of on future weights.
 
 Shape suffixes: B runs of a block, R training runs, C snapshots, D coordinates, H horizons, S tensors, X any leading
-ones, J = 3 to 8 displacements, T = 4 trends.
+ones, J = 3 to 9 displacements, T = 5 trends.
 """
 
 import math
@@ -28,6 +28,7 @@ from farcli.forecasters.base import (
     stored,
 )
 from farcli.forecasters.leave_one_out import LEAST_RUNS
+from farcli.forecasters.whitening import whitened
 from farcli.layout import Layout, Segment
 
 _FOLDS = 4
@@ -43,11 +44,13 @@ _ROWS = 4
 """w_0, w_{n−2}, w_{n−1}, w_n."""
 _LONG = 7
 """Snapshots of a context that says what is noise."""
-_TRENDS = 4
-"""The mean of the later half, the mean of all, the slope, the spread."""
+_TRENDS = 5
+"""The mean of the later half, the mean of all, the slope, the spread, the slope whitened."""
+_SPREAD = 3
+"""Which of them is the spread."""
 _FLOOR = 0.1
 """Of a tensor's mean spread: what is added to that of each coordinate, so that none moves over ten times as far."""
-_WORK = 31
+_WORK = 32
 """Vectors that fitting and judging one run take beside the rows, the network's own apart; measured."""
 
 
@@ -75,8 +78,10 @@ class PrefixRows(Sums):
         Raises:
             ResourceError: names the largest D.
         """
-        vectors = _ROWS + 1 + (_TRENDS if _is_long(problem.steps_C) else 0)
-        need_each = 4 * (vectors * problem.runs + _WORK)
+        long = _is_long(problem.steps_C)
+        held = (_ROWS + 1 + (_TRENDS if long else 0)) * problem.runs + _WORK
+        read = 2 * (len(problem.steps_C) + len(problem.steps_H)) if long else 0  # of one run at once, and ahead
+        need_each = 4 * max(held, read)
         if need_each * problem.coordinates > problem.memory:
             raise ResourceError(
                 f"loss-lfd: {problem.runs} runs of D = {problem.coordinates} parameters need "
@@ -120,7 +125,7 @@ class PrefixRows(Sums):
             return None
         spread_S = torch.zeros(len(layout.floats), dtype=torch.float64)
         for part in layout.segments(0, self.trends_RTD.shape[-1]):
-            spread_S[part.slot] = self.trends_RTD[:, -1, part.start : part.stop].mean(dtype=torch.float64)
+            spread_S[part.slot] = self.trends_RTD[:, _SPREAD, part.start : part.stop].mean(dtype=torch.float64)
         return spread_S
 
     def drift(self, runs: Sequence[int], start: int = 0, stop: int | None = None) -> "MeanMotion":
@@ -169,15 +174,17 @@ class LossLfd(SolvedForecaster):
     Fine-tunings of one pretrained network share much of their way, networks that begin anywhere little (a head, a
     normalisation). Where the drift of the others is no better a forecast of a run's motion than none, there is no d.
 
-    Contexts of 7 snapshots and more say what is noise in training, as at a constant rate, and there are four more:
+    Contexts of 7 snapshots and more say what is noise in training, as at a constant rate, and there are five more:
     e (w̄ − w_n), with the mean of the later half, and f, with the mean of all: the loss at an average is lower than at
     any snapshot. g T s, with s the least-squares slope over the context and T its length. And h T s ⊘ (v / v̄ + .1),
     with v the mean square of a coordinate's moves from snapshot to snapshot, v̄ its mean over the tensor and the runs:
     where the noise is that of gradients, v grows with the curvature, so this is Newton's step with a diagonal Hessian.
+    i T s′, with s′ the slope whitened: matrix by matrix, over the root of what the moves say of the noise on either
+    side, see `whitening`. Such forecasts need whole vectors.
 
     Fitted by gradient (Adam, rate falling to 0) on the training runs' loss at ŵ, on batches that no run was trained on
     where the workload has so many, else on training data; held-out data, which `eval` reports on, are never looked at.
-    In long contexts it is done twice, for a to e and for d to h: all together know more by heart.
+    In long contexts it is done twice, for a to e and for d to i: all together know more by heart.
     The descent begins where one displacement leads to, doubled for as long as that lowers the loss, and its rate is in
     units of that length: a leap may be a hundred times as long as the context. The forecast is the same at every step:
     where loss is least along these directions. Runs are left out in up to 4 folds, and their loss is taken on others,
@@ -232,8 +239,12 @@ class LossLfd(SolvedForecaster):
 
     @property
     def coupling(self) -> Coupling:
-        """Coordinate-wise: whole vectors are only held for the fit."""
-        return Coupling.COORDINATEWISE
+        """Joint in long contexts, once it is known that they are, for whole matrices; else coordinate-wise."""
+        return Coupling.COORDINATEWISE if self._problem is None else self.coupling_in(self._problem.steps_C)
+
+    def coupling_in(self, steps_C: Sequence[int]) -> Coupling:
+        """In this context."""
+        return Coupling.JOINT if _is_long(self.observed(steps_C)) else Coupling.COORDINATEWISE
 
     @property
     def transferable(self) -> bool:
@@ -268,11 +279,11 @@ class LossLfd(SolvedForecaster):
                 "Record more runs.",
             )
         prepared = type(self)(self._config)
-        prepared._loss = loss
+        prepared._loss, prepared._problem = loss, problem
         return prepared
 
     def sums(self, problem: Problem) -> PrefixRows:
-        """Empty rows: 4 × R × D numbers, 8 for long contexts."""
+        """Empty rows: 4 × R × D numbers, 9 for long contexts."""
         require_future("loss-lfd", self.min_context, problem.steps_C, problem.steps_H)
         return PrefixRows(problem)
 
@@ -361,7 +372,7 @@ class LossLfd(SolvedForecaster):
     def _letters(self) -> str:
         """Of the coefficients that there are, by column."""
         long = _is_long(require_fitted("loss-lfd", self._problem).steps_C)
-        return "abc" + "d" * self._drifts + "efgh" * long
+        return "abc" + "d" * self._drifts + "efghi" * long
 
     @property
     def _alternatives(self) -> tuple[str, ...]:
@@ -478,7 +489,7 @@ class LossLfd(SolvedForecaster):
         return found
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
-        """a, b, c of each tensor; d where there is a drift, e to h where the context is long."""
+        """a, b, c of each tensor; d where there is a drift, e to i where the context is long."""
         problem = require_fitted("loss-lfd", self._problem)
         theta_SJ = require_fitted("loss-lfd", self._theta_SJ)
         return [
@@ -553,7 +564,7 @@ def _trends(prefix: Prefix) -> Tensor:
     """What a long context says of each coordinate: [B, T, D].
 
     In order: the mean of the later half of the snapshots; of all; their least-squares slope over steps, times the
-    length of the context; the mean square of the moves from one to the next.
+    length of the context; the mean square of the moves from one to the next; the slope, whitened by these moves.
     """
     count = len(prefix.steps_C)
     steps_C = torch.tensor(prefix.steps_C, dtype=torch.float64)
@@ -561,8 +572,15 @@ def _trends(prefix: Prefix) -> Tensor:
     slope_C = around_C * (steps_C[-1] - steps_C[0]) / around_C.square().sum()
     half_C = (torch.arange(count) >= count // 2).double()
     weights_TC = torch.stack([half_C / half_C.sum(), torch.full((count,), 1 / count), slope_C]).to(prefix.weights_BCD)
-    spread_BD = prefix.weights_BCD.diff(dim=1).square().mean(1)
-    return torch.cat([weights_TC @ prefix.weights_BCD, spread_BD[:, None]], dim=1)
+    moves_BMD = prefix.weights_BCD.diff(dim=1)
+    trends_BTD = torch.cat([weights_TC @ prefix.weights_BCD, moves_BMD.square().mean(1, keepdim=True)], dim=1)
+    quiet_BD = torch.empty_like(trends_BTD[:, 0])
+    for part in prefix.segments:
+        place, slot = slice(part.start, part.stop), prefix.layout.floats[part.slot]
+        assert part.stop - part.start == slot.size  # joint: tensors come whole
+        for row in range(len(quiet_BD)):
+            quiet_BD[row, place] = whitened(trends_BTD[row, 2, place], moves_BMD[row, :, place], slot.shape)
+    return torch.cat([trends_BTD, quiet_BD[:, None]], dim=1)
 
 
 def believed(gain_RX: Tensor) -> Tensor:
@@ -615,18 +633,18 @@ def _leapt(
     if drift_D is not None:
         moved_XJD[..., 3, :] = drift_D
     if trends_XTD is not None and spread_S is not None:
-        late_XD, whole_XD, slope_XD, own_XD = trends_XTD.unbind(-2)
-        torch.sub(late_XD, last_XD, out=moved_XJD[..., -4, :])
-        torch.sub(whole_XD, last_XD, out=moved_XJD[..., -3, :])
-        moved_XJD[..., -2, :] = slope_XD
+        late_XD, whole_XD, slope_XD, own_XD, quiet_XD = trends_XTD.unbind(-2)
+        torch.sub(late_XD, last_XD, out=moved_XJD[..., -5, :])
+        torch.sub(whole_XD, last_XD, out=moved_XJD[..., -4, :])
+        moved_XJD[..., -3, :], moved_XJD[..., -1, :] = slope_XD, quiet_XD
         for part in segments:
             place, scale = slice(part.start, part.stop), float(spread_S[part.slot])
-            quiet_XD = moved_XJD[..., -1, place]
+            over_XD = moved_XJD[..., -2, place]
             if scale > 0:
-                torch.add(own_XD[..., place] / scale, _FLOOR, out=quiet_XD)
-                torch.div(slope_XD[..., place], quiet_XD, out=quiet_XD)
+                torch.add(own_XD[..., place] / scale, _FLOOR, out=over_XD)
+                torch.div(slope_XD[..., place], over_XD, out=over_XD)
             else:
-                quiet_XD.zero_()  # nothing has moved
+                over_XD.zero_()  # nothing has moved
     theta_SJ = theta_SJ.to(moved_XJD)
     parts = [theta_SJ[part.slot] @ moved_XJD[..., part.start : part.stop] for part in segments]
     return last_XD + torch.cat(parts, dim=-1)

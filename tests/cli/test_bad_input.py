@@ -190,6 +190,9 @@ class TestForecasters:
         for words, text in (
             ((*FORECAST, "--context", "4"), "fitted already"),
             (("eval", "forecast.zarr", "digits.zarr", "--context", "4"), "--context"),
+            (("eval", "linear", "digits.zarr", "--verify", "4", "--lengths", "half"), "--lengths 'half'"),
+            (("eval", "linear", "digits.zarr", "--verify", "4", "--lengths", "1,0"), "--lengths 1,0"),
+            (("eval", "linear", "digits.zarr", "--lengths", "0.5,1"), "--verify N"),
             (("eval", "forecast.zarr", "digits.zarr", "--set", "span=2"), "--set"),
             (("eval", "forecast.zarr", "digits.zarr", "--from", "20"), "starts at step 15"),
             (("eval", "linear", "digits.zarr", "--context", "0"), "at least 1"),

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from farcli.errors import ResourceError, UsageError
 from farcli.fitting.solving import solve
-from farcli.forecasters.base import Known, Prefix, Problem, TrainingLoss
+from farcli.forecasters.base import Coupling, Known, Prefix, Problem, TrainingLoss
 from farcli.forecasters.far import Far
 from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed, choose
+from farcli.forecasters.whitening import whitened
 from farcli.layout import layout_of
 
 LAYOUT = layout_of([("one", (3,), "float32", "parameter"), ("two", (2,), "float32", "parameter")])
@@ -155,30 +156,35 @@ def trending(runs: int, seed: int = 11) -> tuple[Problem, Prefix, dict[str, Tens
         "f": rows_RCD.mean(1) - last_RD,
         "g": slope_RD,
         "h": slope_RD / (spread_RD / mean_D + 0.1),
-    }
+        "i": torch.stack([
+            torch.cat([
+                whitened(slope_D[part], moved_MD[:, part], (size,)) for part, size in ((slice(3), 3), (slice(3, 5), 2))
+            ])
+            for slope_D, moved_MD in zip(slope_RD, rows_RCD.diff(dim=1), strict=True)
+        ]),
+    }  # fmt: skip
     return problem, replace(prefix_of(rows_RCD), steps_C=EIGHT_C), found
 
 
-@pytest.mark.parametrize("letter", "efgh")
+@pytest.mark.parametrize("letter", "efghi")
 def test_averages_and_slopes_are_directions_of_long_contexts(letter: str) -> None:
     problem, prefix, known = trending(8)
     last_RD = prefix.weights_BCD[:, -1]
     loss = Distance(last_RD + torch.tensor([0.8, 0.8, 0.8, 0.5, 0.5]) * known[letter])
     forecaster = LossLfd(LossLfd.Config(updates=150)).prepared(problem, Known(loss=lambda: loss))
     fitted = solve(forecaster, problem, lambda: [(prefix, last_RD[:, None])])
-    found = torch.tensor([[row[key] for key in "abcefgh"] for row in fitted.coefficients()])
-    assert letter == "e" or (found[:, :3] == 0).all()  # a to c are fitted without f to h
+    found = torch.tensor([[row[key] for key in "abcefghi"] for row in fitted.coefficients()])
+    assert letter == "e" or (found[:, :3] == 0).all()  # a to c are fitted without f to i
     forecast_BHD = fitted.forecast(prefix, (80,))
     by_hand_RD = last_RD + sum(
-        found[[0, 0, 0, 1, 1], column] * known[key] for column, key in enumerate("abcefgh") if key in known
+        found[[0, 0, 0, 1, 1], column] * known[key] for column, key in enumerate("abcefghi") if key in known
     )
     torch.testing.assert_close(forecast_BHD[:, 0], by_hand_RD, atol=1e-4, rtol=1e-4)
     missed_D, due_D = forecast_BHD[:, 0] - loss.points_RD, last_RD - loss.points_RD
     assert missed_D.square().sum() < 0.02 * due_D.square().sum()
     again = LossLfd.restore(fitted.config, problem, fitted.tensors())
     assert torch.equal(again.forecast(prefix, (80,)), forecast_BHD)
-    part = replace(prefix, weights_BCD=prefix.weights_BCD[:, :, 2:4], start=2)  # as blocks come: of both tensors
-    torch.testing.assert_close(again.forecast(part, (80,)), forecast_BHD[..., 2:4])
+    assert again.coupling is fitted.coupling is forecaster.coupling is Coupling.JOINT
 
 
 def test_a_tensor_that_never_moves_has_no_quiet_coordinates() -> None:
@@ -216,7 +222,7 @@ def test_without_trends_a_long_context_is_a_short_one() -> None:
     options = LossLfd.Config(trends=False)
     assert LossLfd(options).observed(EIGHT_C) == (0, 50, 60, 70)
     problem, prefix, _ = trending(8)
-    with pytest.raises(ResourceError, match=r"loss-lfd: 8 runs of D = 5 parameters need 2.06 kB.* allows D = 4"):
+    with pytest.raises(ResourceError, match=r"loss-lfd: 8 runs of D = 5 parameters need 2.24 kB.* allows D = 4"):
         PrefixRows.require_room(replace(problem, memory=2000))
     few = replace(problem, steps_C=LossLfd(options).observed(EIGHT_C))
     PrefixRows.require_room(replace(few, memory=2000))

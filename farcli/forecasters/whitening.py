@@ -1,0 +1,63 @@
+"""A way to go, less where training is noisy: matrix by matrix, as second-order optimisers do, from snapshots alone.
+
+Shape suffixes: M moves, D coordinates of a tensor, O and N the sides of its matrix, K samples.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGEST_SIDE = 1024
+"""Up to this many rows the covariance of a side is taken whole, else its diagonal."""
+_FLOOR = 0.1
+"""Of the mean eigenvalue of a covariance: what is added to each."""
+
+
+def whitened(way_D: Tensor, moves_MD: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor's way over the root of the covariance of its noise on either side, as long as it was.
+
+    A matrix S of O × N, or what a tensor of more axes is with all but the first taken together, becomes
+    (L + .1)^(−1/2) S (R + .1)^(−1/2), with L = Σ m mᵀ and R = Σ mᵀ m over the moves m, each over its mean eigenvalue.
+    A vector is divided by the root of its coordinates' mean squares, a tenth of their mean added. Where neither side
+    nor the number of its samples is 1,024 or less, so is that side.
+
+    Where moves are mostly noise of gradients, L and R are those of Shampoo (arXiv 1802.09568), and by Kronecker
+    factors (K-FAC, arXiv 1503.05671) they say how curved the loss is.
+    Differs: moves between snapshots for gradients, exponents of −1/2 for Shampoo's −1/4, the length kept.
+
+    Args:
+        way_D: the way, [D].
+        moves_MD: moves from snapshot to snapshot, [M, D].
+        shape: of the tensor.
+
+    Returns:
+        Of shape [D]; the way itself where something is not finite or nothing moves.
+    """
+    way64_D, moves64_MD = (values.cpu() if values.device.type == "mps" else values for values in (way_D, moves_MD))
+    way64_D, moves64_MD = way64_D.double(), moves64_MD.double()
+    length, noise = torch.linalg.vector_norm(way64_D), torch.linalg.vector_norm(moves64_MD)
+    if not bool(length.isfinite() & noise.isfinite() & (length > 0) & (noise > 0)):
+        return way_D.clone()
+    if len(shape) < 2:
+        found = _over_root(way64_D[None], moves64_MD, by_diagonal=True)
+    else:
+        way_ON, moves_MON = way64_D.view(shape[0], -1), moves64_MD.view(len(moves_MD), shape[0], -1)
+        right_ON = _over_root(way_ON, moves_MON.flatten(0, 1))
+        found = _over_root(right_ON.T, moves_MON.transpose(1, 2).flatten(0, 1)).T
+    found_D = found.reshape(-1)
+    return (found_D * (length / torch.linalg.vector_norm(found_D))).to(way_D)
+
+
+def _over_root(values_ON: Tensor, samples_KN: Tensor, *, by_diagonal: bool = False) -> Tensor:
+    """Values times (ZᵀZ over its mean eigenvalue + .1)^(−1/2), Z the samples."""
+    power = torch.linalg.vector_norm(samples_KN) ** 2 / samples_KN.shape[1]
+    if by_diagonal or min(samples_KN.shape) > LARGEST_SIDE:
+        return values_ON * (samples_KN.square().sum(0) / power + _FLOOR).rsqrt()
+    # The smaller of ZᵀZ and ZZᵀ has all eigenvalues that are not 0; where they are 0, only the floor is left.
+    few = len(samples_KN) < samples_KN.shape[1]
+    eigen_K, basis_NK = torch.linalg.eigh((samples_KN @ samples_KN.T if few else samples_KN.T @ samples_KN) / power)
+    if few:
+        basis_NK = samples_KN.T @ basis_NK * (power * eigen_K.clamp(min=torch.finfo(eigen_K.dtype).eps)).rsqrt()
+    factor_K = (eigen_K.clamp(min=0) + _FLOOR).rsqrt() - _FLOOR**-0.5
+    return _FLOOR**-0.5 * values_ON + (values_ON @ basis_NK * factor_K) @ basis_NK.T
