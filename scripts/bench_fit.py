@@ -54,14 +54,16 @@ class Asked:
     method: str
     options: tuple[str, ...] = ()
     targets: str = ""
+    context: int = CONTEXT
 
     @property
     def label(self) -> str:
-        return " ".join((self.method, *self.options))
+        context = (f"context={self.context}",) if self.context != CONTEXT else ()
+        return " ".join((self.method, *self.options, *context))
 
     def words(self, store: Path, output: Path) -> list[str]:
         words = [PROGRAM, "fit", self.method, str(store), "-o", str(output), "--force", "--memory", str(MEMORY)]
-        words += ["--context", str(CONTEXT), "--device", "cpu", "--format", "ndjson"]
+        words += ["--context", str(self.context), "--device", "cpu", "--format", "ndjson"]
         words += ["--to", self.targets] if self.targets else []
         return words + [word for option in self.options for word in ("--set", option)]
 
@@ -92,7 +94,7 @@ LIMITED = (
     Asked(method="lstm", options=(*FEW, "channels=joint")),
     Asked(method="transformer", options=(*FEW, "channels=joint")),
 )
-BY_LOSS = Asked(method="loss-lfd", options=("updates=10",))
+BY_LOSS = (Asked(method="loss-lfd", options=FEW), Asked(method="loss-lfd", options=FEW, context=8))
 STEP = 4
 """Parameters by which recordings with a loss differ in size."""
 
@@ -231,7 +233,7 @@ def with_loss(folder: Path, size: int) -> Path:
 
 def limited(asked: Asked, store: Path, folder: Path, idle: int) -> dict[str, Any]:
     """A row: the refusal, and whether the D that it names is the largest."""
-    sized, step = (with_loss, STEP) if asked is BY_LOSS else (one_tensor, 1)
+    sized, step = (with_loss, STEP) if asked in BY_LOSS else (one_tensor, 1)
     output = folder / "limited.safetensors"
     done = launched(asked.words(store, output))
     said, largest = refused(done)
@@ -349,10 +351,10 @@ def main() -> None:
             if wanted is None or {asked.method, asked.label} & wanted:
                 row, took = streamed(asked, store, folder / "fitted.safetensors", idle, took)
                 keep("streamed", row)
-        for asked in (*LIMITED, BY_LOSS):
+        for asked in (*LIMITED, *BY_LOSS):
             if wanted is None or {asked.method, asked.label} & wanted:
                 with tempfile.TemporaryDirectory(dir=folder) as small:
-                    large = with_loss(Path(small), 3_000_000) if asked is BY_LOSS else store
+                    large = with_loss(Path(small), 3_000_000) if asked in BY_LOSS else store
                     keep("limited", limited(asked, large, Path(small), idle))
     given.results.mkdir(parents=True, exist_ok=True)
     file = given.results / "fit.ndjson"

@@ -34,30 +34,35 @@ def whitened(way_D: Tensor, moves_MD: Tensor, shape: Sequence[int]) -> Tensor:
     Returns:
         Of shape [D]; the way itself where something is not finite or nothing moves.
     """
-    way64_D, moves64_MD = (values.cpu() if values.device.type == "mps" else values for values in (way_D, moves_MD))
-    way64_D, moves64_MD = way64_D.double(), moves64_MD.double()
-    length, noise = torch.linalg.vector_norm(way64_D), torch.linalg.vector_norm(moves64_MD)
+    if way_D.device.type == "mps":  # which has no float64
+        return whitened(way_D.cpu(), moves_MD.cpu(), shape).to(way_D.device)
+    length, noise = (torch.linalg.vector_norm(values, dtype=torch.float64) for values in (way_D, moves_MD))
     if not bool(length.isfinite() & noise.isfinite() & (length > 0) & (noise > 0)):
         return way_D.clone()
     if len(shape) < 2:
-        found = _over_root(way64_D[None], moves64_MD, by_diagonal=True)
+        found_ON = _over_root(way_D.double()[None], moves_MD[:, None], by_diagonal=True)
     else:
-        way_ON, moves_MON = way64_D.view(shape[0], -1), moves64_MD.view(len(moves_MD), shape[0], -1)
-        right_ON = _over_root(way_ON, moves_MON.flatten(0, 1))
-        found = _over_root(right_ON.T, moves_MON.transpose(1, 2).flatten(0, 1)).T
-    found_D = found.reshape(-1)
-    return (found_D * (length / torch.linalg.vector_norm(found_D))).to(way_D)
+        moves_MON = moves_MD.view(len(moves_MD), shape[0], -1)
+        found_ON = _over_root(way_D.double().view(shape[0], -1), moves_MON)
+        found_ON = _over_root(found_ON.T, moves_MON.transpose(1, 2)).T
+    found_D = found_ON.reshape(-1)
+    return found_D.mul_(length / torch.linalg.vector_norm(found_D)).to(way_D)
 
 
-def _over_root(values_ON: Tensor, samples_KN: Tensor, *, by_diagonal: bool = False) -> Tensor:
-    """Values times (ZᵀZ over its mean eigenvalue + .1)^(−1/2), Z the samples."""
+def _over_root(values_ON: Tensor, moves_MON: Tensor, *, by_diagonal: bool = False) -> Tensor:
+    """Values times (ZᵀZ over its mean eigenvalue + .1)^(−1/2), Z the rows of all moves."""
+    rows_MON = torch.empty(moves_MON.shape, dtype=values_ON.dtype, device=values_ON.device).copy_(moves_MON)
+    samples_KN = rows_MON.view(-1, moves_MON.shape[-1])
     power = torch.linalg.vector_norm(samples_KN) ** 2 / samples_KN.shape[1]
     if by_diagonal or min(samples_KN.shape) > LARGEST_SIDE:
-        return values_ON * (samples_KN.square().sum(0) / power + _FLOOR).rsqrt()
+        return values_ON * (torch.linalg.vector_norm(samples_KN, dim=0) ** 2 / power + _FLOOR).rsqrt()
     # The smaller of ZᵀZ and ZZᵀ has all eigenvalues that are not 0; where they are 0, only the floor is left.
     few = len(samples_KN) < samples_KN.shape[1]
-    eigen_K, basis_NK = torch.linalg.eigh((samples_KN @ samples_KN.T if few else samples_KN.T @ samples_KN) / power)
+    eigen_K, basis_KK = torch.linalg.eigh((samples_KN @ samples_KN.T if few else samples_KN.T @ samples_KN) / power)
+    eigen_K = eigen_K.clamp(min=torch.finfo(eigen_K.dtype).eps)
+    more_K = (eigen_K + _FLOOR).rsqrt() - _FLOOR**-0.5
     if few:
-        basis_NK = samples_KN.T @ basis_NK * (power * eigen_K.clamp(min=torch.finfo(eigen_K.dtype).eps)).rsqrt()
-    factor_K = (eigen_K.clamp(min=0) + _FLOOR).rsqrt() - _FLOOR**-0.5
-    return _FLOOR**-0.5 * values_ON + (values_ON @ basis_NK * factor_K) @ basis_NK.T
+        seen = values_ON @ samples_KN.T @ basis_KK * (more_K / (power * eigen_K)) @ basis_KK.T @ samples_KN
+    else:
+        seen = values_ON @ basis_KK * more_K @ basis_KK.T
+    return seen.add_(values_ON, alpha=_FLOOR**-0.5)
