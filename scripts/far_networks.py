@@ -211,7 +211,8 @@ def draw(lines: Rows, path: Path) -> None:
         axes.plot([], [], "k-", label="far, verified")
         axes.plot([], [], "kx--", label="best yardstick, verified")
         axes.plot([], [], "k:", label="true future")
-        axes.legend(fontsize=8)
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8, loc="lower center", ncols=3)
 
 
 if __name__ == "__main__":

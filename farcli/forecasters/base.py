@@ -5,7 +5,6 @@ block at hand. A forecaster never opens files, prints, or moves tensors between 
 come to it from `farcli.stream`.
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -234,11 +233,6 @@ class TrainingLoss(ABC):
     @abstractmethod
     def batches(self) -> int:
         """How many batches each run has."""
-
-    @property
-    def pool(self) -> float:
-        """How many disjoint batches those to judge by are drawn from, for all runs together; inf: more than matters."""
-        return math.inf
 
     @property
     def fitting(self) -> int:

@@ -25,11 +25,10 @@ from farcli.forecasters.base import (
     require_future,
     stored,
 )
-from farcli.forecasters.gains import believed
 from farcli.forecasters.identification import UNEXPLAINED, Experiment, Population, forecast, identify
 from farcli.forecasters.intervals import CountedErrors, quantile
 from farcli.forecasters.lfd2 import Lfd2
-from farcli.forecasters.loss_lfd import LossLfd, PrefixRows
+from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed
 from farcli.forecasters.update_rules import UpdateRule
 
 _LARGEST = 4
@@ -378,9 +377,9 @@ class Far(SolvedForecaster):
         leap = self._leaps.prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
         leap = max([leap, *leap.alone(rows)], key=lambda candidate: candidate.gain_left_out)
         ends = (problem.steps_C[0], problem.steps_C[-1])
-        kept_RB, leapt_RB = leap.judged
-        gain_2RBH = torch.zeros(2, *kept_RB.shape, len(problem.steps_H), dtype=torch.float64)
-        gain_2RBH[1] = (kept_RB - leapt_RB)[..., None]
+        kept_R, leapt_R = leap.judged
+        gain_2RH = torch.zeros(2, runs, len(problem.steps_H), dtype=torch.float64)
+        gain_2RH[1] = (kept_R - leapt_R)[:, None]
         for run in range(runs):
             blocks = [
                 Prefix(weights_BCD=part_CD[None], steps_C=ends, layout=problem.layout, start=_PART * number,
@@ -389,9 +388,9 @@ class Far(SolvedForecaster):
             ]  # fmt: skip
             for h, step in enumerate(problem.steps_H):
                 parts = [self._lfd2[0].forecasts_left_out(block, (step,)).to(rows_RCD.dtype) for block in blocks]
-                gain_2RBH[0, run, :, h] = kept_RB[run] - leap.losses_at(torch.cat(parts, dim=-1)[0, 0], run)
-        sound_2H = torch.stack([believed(gain_RBH, loss.pool) for gain_RBH in gain_2RBH])
-        best_H = torch.where(sound_2H, gain_2RBH.mean((1, 2)), -torch.inf).argmax(0)
+                gain_2RH[0, run, h] = kept_R[run] - leap.loss_at(torch.cat(parts, dim=-1)[0, 0], run)
+        sound_2H = torch.stack([believed(gain_RH) for gain_RH in gain_2RH])
+        best_H = torch.where(sound_2H, gain_2RH.mean(1), -torch.inf).argmax(0)
         self._choice_H = torch.where(sound_2H.any(0), best_H + _LFD2, _KEEP)
         if bool((self._choice_H == _LEAP).any()):
             scale_S = torch.ones(len(problem.layout.floats), dtype=torch.float64)

@@ -27,7 +27,6 @@ from farcli.forecasters.base import (
     require_future,
     stored,
 )
-from farcli.forecasters.gains import believed, choose, mean_and_error
 from farcli.forecasters.leave_one_out import LEAST_RUNS
 from farcli.forecasters.whitening import whitened
 from farcli.layout import Layout, Segment
@@ -35,6 +34,10 @@ from farcli.layout import Layout, Segment
 _FOLDS = 4
 _SHRUNK = (1.0, 0.7, 0.4)
 """A leap is shortened to one of these, as runs left out advise."""
+_SAFE = 0.95
+"""A mean gain of one standard error is believed where this share of the runs left out is no worse off."""
+_SURE = 2.0
+"""A mean gain of so many standard errors is believed though more of them are."""
 _WHOLE = "def"
 """Displacements that are meant to be taken once, not many times."""
 _ROWS = 4
@@ -229,8 +232,8 @@ class LossLfd(SolvedForecaster):
         self._explains = 0.0
         self._without: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
         """Coefficients fitted without a run, and the runs they were fitted on."""
-        self._kept_RB: Tensor | None = None
-        self._leapt_RB: Tensor | None = None
+        self._kept_R: Tensor | None = None
+        self._leapt_R: Tensor | None = None
         self._gain = (float("nan"), float("nan"))
 
     @property
@@ -294,17 +297,18 @@ class LossLfd(SolvedForecaster):
         fitted = type(self)(self._config)
         fitted._loss, fitted._problem, fitted._explains = self._loss, problem, sums.drift_explains
         fitted._spread_S = sums.spread(problem.layout)
-        kept_RB, losses, without = fitted._kept(sums), [], []
+        kept_R, losses, without = fitted._kept(sums), [], []
         for letters in fitted._alternatives:
             fitted._without = fitted._folds(problem, sums, letters)
             losses += [fitted._left_out(sums, share) for share in _SHRUNK]
             without.append(fitted._without)
-        gain_RBQ = kept_RB[..., None] - torch.stack(losses, dim=-1)
-        chosen = choose(gain_RBQ, fitted._pool)
-        fitted._weigh(gain_RBQ[..., chosen])
+        gain_RQ = kept_R[:, None] - torch.stack(losses, dim=1)
+        chosen = choose(gain_RQ)
+        mean, error = _mean_and_error(gain_RQ[:, chosen])
+        fitted._gain = (float(mean), float(error))
         which, length = divmod(chosen, len(_SHRUNK))
-        share = _SHRUNK[length] if bool(believed(gain_RBQ[..., chosen], fitted._pool)) else 0.0
-        fitted._kept_RB, fitted._leapt_RB = kept_RB, losses[chosen] if share else kept_RB
+        share = _SHRUNK[length] if bool(believed(gain_RQ[:, chosen])) else 0.0
+        fitted._kept_R, fitted._leapt_R = kept_R, losses[chosen] if share else kept_R
         whole_SJ = fitted._descended(problem, sums, range(runs), fitted._alternatives[which])
         fitted._theta_SJ = share * whole_SJ.double()
         fitted._without = {run: (share * theta_SJ, inside) for run, (theta_SJ, inside) in without[which].items()}
@@ -326,7 +330,7 @@ class LossLfd(SolvedForecaster):
         """The drift alone, d = 1, and averages, e = 1, f = 1, where they help runs left out; just after the fit."""
         problem, runs = require_fitted("loss-lfd", self._problem), range(len(sums.moved_RD))
         columns = [column for column, letter in enumerate(self._letters) if letter in _WHOLE]
-        kept_RB = require_fitted("loss-lfd", self._kept_RB)
+        kept_R = require_fitted("loss-lfd", self._kept_R)
         found: list[Self] = []
         for column in columns:
             alone = type(self)(self._config)
@@ -335,34 +339,29 @@ class LossLfd(SolvedForecaster):
             alone._theta_SJ[:, column] = 1.0
             alone._without = dict.fromkeys(runs, (alone._theta_SJ.float(), tuple(runs)))
             alone._drift_D, alone._spread_S = self._drift_D, self._spread_S
-            alone._kept_RB, alone._leapt_RB = kept_RB, alone._left_out(sums)
-            gain_RB = kept_RB - alone._leapt_RB
-            alone._weigh(gain_RB)
-            if bool(believed(gain_RB, self._pool)):
+            alone._kept_R, alone._leapt_R = kept_R, alone._left_out(sums)
+            gain_R = kept_R - alone._leapt_R
+            mean, error = _mean_and_error(gain_R)
+            alone._gain = (float(mean), float(error))
+            if bool(believed(gain_R)):
                 found.append(alone)
         return found
 
     @property
     def judged(self) -> tuple[Tensor, Tensor]:
-        """Training runs' loss at w_n and at leaps fitted without them, batch by batch, just after the fit: [R, B]."""
-        return require_fitted("loss-lfd", self._kept_RB), require_fitted("loss-lfd", self._leapt_RB)
+        """Training runs' loss at w_n, and at leaps fitted without them, just after the fit: both [R]."""
+        return require_fitted("loss-lfd", self._kept_R), require_fitted("loss-lfd", self._leapt_R)
 
     def _kept(self, sums: PrefixRows) -> Tensor:
-        """Training runs' loss at w_n: [R, B]."""
-        return torch.stack([self.losses_at(rows_CD[-1], run) for run, rows_CD in enumerate(sums.rows_RCD)])
+        """Training runs' loss at w_n: [R]."""
+        losses = [self.loss_at(rows_CD[-1], run) for run, rows_CD in enumerate(sums.rows_RCD)]
+        return torch.tensor(losses, dtype=torch.float64)
 
     def _left_out(self, sums: PrefixRows, share: float = 1.0) -> Tensor:
-        """Training runs' loss where a leap fitted without them leads, or a share of it: [R, B]."""
+        """Training runs' loss where a leap fitted without them leads, or a share of it: [R]."""
         runs = range(len(sums.rows_RCD))
-        return torch.stack([self.losses_at(self.leapt_without(sums, run, share=share), run) for run in runs])
-
-    def _weigh(self, gain_RB: Tensor) -> None:
-        mean, error = mean_and_error(gain_RB, self._pool)
-        self._gain = (float(mean), float(error))
-
-    @property
-    def _pool(self) -> float:
-        return require_fitted("loss-lfd", self._loss).pool
+        losses = [self.loss_at(self.leapt_without(sums, run, share=share), run) for run in runs]
+        return torch.tensor(losses, dtype=torch.float64)
 
     @property
     def gain_left_out(self) -> float:
@@ -477,11 +476,11 @@ class LossLfd(SolvedForecaster):
         return begun_SJ
 
     @torch.no_grad()
-    def losses_at(self, weights_D: Tensor, run: int) -> Tensor:
-        """A training run's loss at these weights, on each of its batches that no fit sees: [B], float64."""
+    def loss_at(self, weights_D: Tensor, run: int) -> float:
+        """A training run's loss at these weights, on its batches that no fit sees."""
         loss = require_fitted("loss-lfd", self._loss)
         judging = range(min(loss.fitting, loss.batches - 1), loss.batches)
-        return torch.tensor([float(loss.at(weights_D, run, batch)) for batch in judging], dtype=torch.float64)
+        return sum(float(loss.at(weights_D, run, batch)) for batch in judging) / len(judging)
 
     def notes(self) -> dict[str, str | float | list[float]]:
         """How much lower the loss of runs left out was at the forecast than at w_n; its error; what drift explains."""
@@ -592,6 +591,30 @@ def _trends_of(own_CD: Tensor, means_TD: Tensor, prefix: Prefix) -> Tensor:
         trends_TD[_SPREAD, place] = torch.linalg.vector_norm(moves_MD, dim=0).square_() / len(moves_MD)
         trends_TD[-1, place] = whitened(means_TD[-1, place], moves_MD, slot.shape)
     return trends_TD
+
+
+def believed(gain_RX: Tensor) -> Tensor:
+    """Whether runs left out gain: by a standard error where 95 % of them are no worse, else by two."""
+    mean_X, error_X = _mean_and_error(gain_RX)
+    return (mean_X > error_X) & (_harmless(gain_RX) | (mean_X > _SURE * error_X))
+
+
+def choose(gain_RQ: Tensor) -> int:
+    """The largest mean gain of those believed, or, within one standard error of it, of those that harm few runs."""
+    mean_Q, sound_Q = torch.nan_to_num(gain_RQ.mean(0), nan=-torch.inf), believed(gain_RQ)
+    open_Q = sound_Q if bool(sound_Q.any()) else torch.ones_like(sound_Q)
+    best = int(torch.where(open_Q, mean_Q, -torch.inf).argmax())
+    short_Q, error_Q = _mean_and_error(gain_RQ[:, best, None] - gain_RQ)
+    near_Q = open_Q & _harmless(gain_RQ) & (short_Q <= error_Q)
+    return int(torch.where(near_Q, mean_Q, -torch.inf).argmax()) if bool(near_Q.any()) else best
+
+
+def _harmless(gain_RX: Tensor) -> Tensor:
+    return (gain_RX >= 0).double().mean(0) >= _SAFE
+
+
+def _mean_and_error(gain_RX: Tensor) -> tuple[Tensor, Tensor]:
+    return gain_RX.mean(0), gain_RX.std(0) / math.sqrt(len(gain_RX))
 
 
 def _square(values_D: Tensor) -> float:

@@ -1,6 +1,5 @@
 """The training loss of recorded runs at any weights: what forecasters that are fitted on loss are handed."""
 
-import math
 from collections.abc import Sequence
 from typing import Any, final
 
@@ -17,10 +16,6 @@ from farcli.workloads.base import Batch, Workload
 _BATCHES = 9
 """Batches of each run: held back from training where the workload holds back so many, since training loss falls for
 ever. Where it holds back fewer, those to judge by are; the others are the first that the run was trained on."""
-
-
-_MANY = 64
-"""Batches held back from which on there are as many as one likes."""
 
 
 class _Loss(nn.Module):
@@ -63,21 +58,11 @@ class WorkloadLoss(TrainingLoss):
                 whole = trajectory.read([run], [step], self._layout.parameters, self._layout.size)[0, 0]
                 self._buffers.append(torch.from_numpy(whole))
         self._held: dict[int, list[Batch]] = {}
-        try:
-            held_back = len(workload.verification(self._seeds[0], 0, _MANY))
-        except UsageError:
-            held_back = _MANY
-        self._pool = held_back if held_back < _MANY else math.inf
 
     @property
     def batches(self) -> int:
         """How many batches each run has."""
         return _BATCHES
-
-    @property
-    def pool(self) -> float:
-        """Batches that the workload holds back; inf where those are many, or none and each run has its own."""
-        return self._pool
 
     def at(self, weights_D: Tensor, run: int, batch: int) -> Tensor:
         """The loss of one run's batch at these weights; gradients flow."""

@@ -12,7 +12,7 @@ from farcli.errors import ResourceError, UsageError
 from farcli.fitting.solving import solve
 from farcli.forecasters.base import Coupling, Known, Prefix, Problem, TrainingLoss
 from farcli.forecasters.far import Far
-from farcli.forecasters.loss_lfd import LossLfd, PrefixRows
+from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed, choose
 from farcli.forecasters.whitening import whitened
 from farcli.layout import layout_of
 
@@ -236,6 +236,41 @@ def test_without_trends_a_long_context_is_a_short_one() -> None:
     far = Far(Far.Config(trends=False)).prepared(problem, Known(loss=lambda: loss))
     assert far.observed(EIGHT_C) == few.steps_C
     assert Far(Far.Config()).prepared(problem, Known(loss=lambda: loss)).observed(EIGHT_C) == EIGHT_C
+
+
+@pytest.mark.parametrize(
+    ("more", "chosen"),
+    [
+        ([0.5] * 20, 0),  # less, beyond doubt
+        ([1.2, 0.75] * 10, 1),  # less by .055 on average, within the error of that, and harms nobody
+        ([1.2, 0.85] * 9 + [1.2, -0.1], 1),  # or one of twenty
+        ([1.2, 0.85] * 9 + [-0.1, -0.1], 0),
+    ],
+)
+def test_a_leap_that_harms_few_is_chosen_where_it_gains_about_as_much(more: list[float], chosen: int) -> None:
+    best_R = torch.tensor([1.2, 1.0] * 8 + [2.0, 2.0, -0.5, -0.5], dtype=torch.float64)
+    gain_RQ = torch.stack([best_R, torch.tensor(more, dtype=torch.float64)], dim=1)
+    assert choose(gain_RQ) == chosen
+    assert choose(torch.stack([best_R, torch.full_like(best_R, torch.nan)], dim=1)) == 0
+    assert choose(-gain_RQ.abs()) in (0, 1)  # something, to be refused
+
+
+@pytest.mark.parametrize(
+    ("gains", "held"),
+    [
+        ([0.0] * 20, False),
+        ([1.0] * 20, True),
+        ([0.1] * 19 + [-1.0], False),  # above one standard error, but not by it
+        ([1.0] * 19 + [-1.0], True),  # one of twenty is worse
+        ([1.0, 1.0, 1.0, -0.9] * 5, True),  # five are, but by more than two standard errors on average
+        ([1.0, 0.9, -0.9, -0.7] * 5, False),
+        ([1.0] * 19 + [float("nan")], False),
+    ],
+)
+def test_a_gain_is_believed_by_its_error_and_by_the_runs_it_harms(gains: list[float], held: bool) -> None:
+    gain_R = torch.tensor(gains, dtype=torch.float64)
+    assert bool(believed(gain_R)) is held
+    assert believed(torch.stack([gain_R, gain_R], dim=1)).tolist() == [held, held]
 
 
 def test_what_it_needs() -> None:
