@@ -167,7 +167,7 @@ def test_of_several_lengths_the_one_that_verification_likes_best_counts(held_bac
     assert len(set(chosen)) > 1
 
 
-def test_a_forecast_that_is_the_same_at_every_step_is_verified_and_measured_once(held_back):
+def test_a_forecast_that_is_the_same_at_every_step_counts_as_it_does_alone(held_back):
     rows = farcli.evaluate(["lawa"], str(held_back), start=10, context=3, targets="15,30", verify=4, lengths=[0.5, 1])
     one, two = (pick(rows, "lawa", step) for step in (15, 30))
     for key in ("loss", "kept", "length", "better"):
