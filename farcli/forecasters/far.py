@@ -87,11 +87,17 @@ class Runs(Sums):
 
 @final
 class Rows(Sums):
-    """LFD-2's sums of a pass; of the first one also what leaps start from, of the second one how far leaps are off."""
+    """LFD-2's sums of a pass; of the first one also what leaps start from, of the second one how far they are off."""
 
-    def __init__(self, lfd2: Sums, rows: PrefixRows | None, errors: "LeapErrors | None") -> None:
-        self.lfd2, self.rows, self.errors = lfd2, rows, errors
-        self._parts = [part for part in (lfd2, rows, errors) if part is not None]
+    def __init__(
+        self,
+        lfd2: Sums,
+        rows: PrefixRows | None = None,
+        leapt: "LeapErrors | None" = None,
+        kept: "KeptErrors | None" = None,
+    ) -> None:
+        self.lfd2, self.rows, self.leapt, self.kept = lfd2, rows, leapt, kept
+        self._parts = [part for part in (lfd2, rows, leapt, kept) if part is not None]
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
@@ -128,6 +134,36 @@ class LeapErrors(CountedErrors):
             for segment in prefix.layout.segments(start, stop):
                 error_HN = error_HD[:, segment.start : segment.stop] / self._scale_S[segment.slot]
                 self.counts.add(segment.slot, error_HN[None])
+
+
+@final
+class KeptErrors(CountedErrors):
+    """How far training runs move from w_n, in units of a scale of each tensor."""
+
+    def __init__(self, problem: Problem, scale_S: Tensor) -> None:
+        super().__init__(len(scale_S), len(problem.steps_H))
+        self._coordinates, self._scale_S = problem.coordinates, scale_S
+
+    def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
+        """Take one block in."""
+        stop = min(prefix.start + truth_BHD.shape[-1], self._coordinates)
+        moved_BHD = truth_BHD - prefix.weights_BCD[:, -1:]
+        for segment in prefix.layout.segments(prefix.start, stop):
+            moved_BHN = moved_BHD[..., segment.start : segment.stop]
+            self.counts.add(segment.slot, moved_BHN / float(self._scale_S[segment.slot]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kept:
+    """What the intervals need where w_n is kept by its loss.
+
+    Attributes:
+        scale_S: how far each tensor moved in the prefix.
+        width_SH: half-widths of 90 % intervals; None until calibrated.
+    """
+
+    scale_S: Tensor
+    width_SH: Tensor | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +267,7 @@ class Far(SolvedForecaster):
         self._physics: _Physics | None = None
         self._loss: TrainingLoss | None = None
         self._leap: _Leap | None = None
+        self._kept: _Kept | None = None
         self._leaps_coupling = Coupling.COORDINATEWISE
         self._choice_H: Tensor | None = None
         self._reason = ""
@@ -340,10 +377,10 @@ class Far(SolvedForecaster):
         if method == "identify" and first:
             return Runs(problem, sums)
         if method == "loss" and first:
-            return Rows(sums, PrefixRows(problem), None)
-        if leap is not None and leap.rows is not None:
-            return Rows(sums, None, LeapErrors(problem, leap.forecaster, leap.rows, leap.scale_S))
-        return sums
+            return Rows(sums, PrefixRows(problem))
+        leapt = LeapErrors(problem, leap.forecaster, leap.rows, leap.scale_S) if leap and leap.rows else None
+        kept = KeptErrors(problem, self._kept.scale_S) if self._kept else None
+        return Rows(sums, leapt=leapt, kept=kept) if leapt or kept else sums
 
     def solved(self, problem: Problem, sums: Any) -> Self:
         """The forecaster that the sums determine."""
@@ -353,7 +390,8 @@ class Far(SolvedForecaster):
         if len(solved) > 1:
             solved = [min(solved, key=_error_left_out)]
         fitted = type(self)(self._config)
-        fitted._problem, fitted._reason, fitted._lfd2, fitted._leap = problem, self._reason, tuple(solved), self._leap
+        fitted._problem, fitted._reason, fitted._lfd2 = problem, self._reason, tuple(solved)
+        fitted._leap, fitted._kept = self._leap, self._kept
         left = solved[0].left_out
         assert left is not None
         useful_H = left.errors_RKH.sum((0, 1)) < left.persistence_RKH.sum((0, 1))
@@ -366,9 +404,11 @@ class Far(SolvedForecaster):
         elif isinstance(sums, Rows):
             if sums.rows is not None:
                 fitted._judge(problem, sums.rows, require_fitted("far", self._loss))
-            elif sums.errors is not None and (leap := self._leap) is not None:
-                width_SH = sums.errors.counts.quantile() * leap.scale_S[:, None]
+            if sums.leapt is not None and (leap := self._leap) is not None:
+                width_SH = sums.leapt.counts.quantile() * leap.scale_S[:, None]
                 fitted._leap = replace(leap, rows=None, width_SH=width_SH)
+            if sums.kept is not None and (kept := self._kept) is not None:
+                fitted._kept = replace(kept, width_SH=sums.kept.counts.quantile() * kept.scale_S[:, None])
         return fitted
 
     def _judge(self, problem: Problem, rows: PrefixRows, loss: TrainingLoss) -> None:
@@ -392,13 +432,15 @@ class Far(SolvedForecaster):
         sound_2H = torch.stack([believed(gain_RH) for gain_RH in gain_2RH])
         best_H = torch.where(sound_2H, gain_2RH.mean(1), -torch.inf).argmax(0)
         self._choice_H = torch.where(sound_2H.any(0), best_H + _LFD2, _KEEP)
+        scale_S = torch.ones(len(problem.layout.floats), dtype=torch.float64)
+        for segment in problem.layout.segments(0, problem.coordinates):
+            part = slice(segment.start, segment.stop)
+            moved = (rows_RCD[:, -1, part] - rows_RCD[:, 0, part]).double().square().mean().sqrt()
+            scale_S[segment.slot] = moved if moved > 0 else 1.0
         if bool((self._choice_H == _LEAP).any()):
-            scale_S = torch.ones(len(problem.layout.floats), dtype=torch.float64)
-            for segment in problem.layout.segments(0, problem.coordinates):
-                part = slice(segment.start, segment.stop)
-                moved = (rows_RCD[:, -1, part] - rows_RCD[:, 0, part]).double().square().mean().sqrt()
-                scale_S[segment.slot] = moved if moved > 0 else 1.0
             self._leap = _Leap(forecaster=leap, rows=rows, scale_S=scale_S, width_SH=None)
+        if bool((self._choice_H == _KEEP).any()):
+            self._kept = _Kept(scale_S=scale_S, width_SH=None)
 
     def _identify(self, problem: Problem, sums: Runs) -> None:
         prefix_RCD, truth_RHD = sums.prefix_RCD, sums.truth_RHD
@@ -520,19 +562,21 @@ class Far(SolvedForecaster):
         return torch.where(choice_H1 == _KEEP, prefix.weights_BCD[:, -1:], forecast_BHD)
 
     def half_width(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor | None:
-        """Half of the 90 % interval; of the forecast that is not kept back where w_n is kept."""
+        """Half of the 90 % interval; of the forecast that is not kept back where w_n is kept for its squared error."""
         rows_H = self._rows(prefix, steps_H)
         physics = self._physics
         if physics is None:
             half_BHD = self._lfd2[0].half_width(prefix, steps_H)
-            leap = self._leap
-            if half_BHD is None or leap is None or leap.width_SH is None:
-                return half_BHD
-            choice_H1 = require_fitted("far", self._choice_H)[rows_H, None].to(half_BHD.device)
-            parts = [
-                leap.width_SH[part.slot, rows_H, None].expand(-1, part.stop - part.start) for part in prefix.segments
-            ]
-            return torch.where(choice_H1 == _LEAP, torch.cat(parts, dim=-1).to(half_BHD), half_BHD)
+            choice_H1 = require_fitted("far", self._choice_H)[rows_H, None]
+            for choice, own in ((_LEAP, self._leap), (_KEEP, self._kept)):
+                if half_BHD is None or own is None or own.width_SH is None:
+                    continue
+                parts = [
+                    own.width_SH[part.slot, rows_H, None].expand(-1, part.stop - part.start) for part in prefix.segments
+                ]
+                chosen_H1 = (choice_H1 == choice).to(half_BHD.device)
+                half_BHD = torch.where(chosen_H1, torch.cat(parts, dim=-1).to(half_BHD), half_BHD)
+            return half_BHD
         _, std_BHD, sound_B = _identified(physics, prefix.weights_BCD.cpu().double())
         half_BHD = physics.stretch_HD * std_BHD.clamp(min=physics.experiment.precision)
         widest_HD = (physics.bounds_2HD[1] - physics.bounds_2HD[0]) / 2
@@ -567,6 +611,8 @@ class Far(SolvedForecaster):
         if self._leap is not None:
             found |= {f"leap.{key}": value for key, value in self._leap.forecaster.tensors().items()}
             found |= {"leap_width": require_fitted("far", self._leap.width_SH).contiguous()}
+        if self._kept is not None:
+            found |= {"kept_width": require_fitted("far", self._kept.width_SH).contiguous()}
         if (physics := self._physics) is None:
             return found
         found |= {
@@ -595,6 +641,9 @@ class Far(SolvedForecaster):
             width_SH = stored("far", tensors, "leap_width", (len(problem.layout.floats), horizons))
             leap = LossLfd.restore(LossLfd.Config(), problem, own)
             fitted._leap = _Leap(forecaster=leap, rows=None, scale_S=torch.ones(len(width_SH)), width_SH=width_SH)
+        if "kept_width" in tensors:
+            width_SH = stored("far", tensors, "kept_width", (len(problem.layout.floats), horizons))
+            fitted._kept = _Kept(scale_S=torch.ones(len(width_SH)), width_SH=width_SH)
         parts = {key.removeprefix("lfd2."): value for key, value in tensors.items() if key.startswith("lfd2.")}
         grouped = "delta" in parts and len(parts["delta"]) > 1
         inner = _lfd2("tensor" if grouped else "none", intervals="width" in parts)

@@ -353,6 +353,15 @@ def test_far_keeps_w_n_where_better_weights_have_a_higher_loss() -> None:
     fitted = far_on(rows_RCD, truth_RHD, Distance(rows_RCD[:, -1]))
     assert fitted.notes()["keeps_w_n_at"] == [40.0, 50.0]
     assert torch.equal(fitted.forecast(prefix_of(rows_RCD), (50,))[:, 0], rows_RCD[:, -1])
+    prefix = prefix_of(rows_RCD)
+    half_BHD = fitted.half_width(prefix, STEPS_H)  # of w_n, though LFD-2 is exact
+    assert half_BHD is not None
+    covered_H = ((truth_RHD - rows_RCD[:, -1:]).abs() <= half_BHD).double().mean((0, 2))
+    assert bool(((covered_H >= 0.88) & (covered_H <= 0.97)).all())
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=12, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+    again_BHD = Far.restore(fitted.config, problem, fitted.tensors()).half_width(prefix, STEPS_H)
+    assert again_BHD is not None
+    assert torch.equal(again_BHD, half_BHD)
 
 
 @pytest.mark.parametrize(
