@@ -144,9 +144,10 @@ def load(path: Path) -> Artefact:
         unfitted = build(method, options)
     except UsageError as error:
         raise StoreError(f"{path}: was fitted by a method this farcli does not have so: {error}") from error
-    forecaster = (
-        type(unfitted).restore(unfitted.config, problem, tensors)
-        if isinstance(unfitted, FittedForecaster)
-        else unfitted
-    )
+    forecaster = unfitted
+    if isinstance(unfitted, FittedForecaster):
+        try:
+            forecaster = type(unfitted).restore(unfitted.config, problem, tensors)
+        except StoreError as error:
+            raise StoreError(f"{path}: was fitted by another version of {error}", hint="Fit it again.") from error
     return Artefact(method=method, forecaster=forecaster, problem=problem, context=context, provenance=provenance)

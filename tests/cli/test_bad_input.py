@@ -10,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+from farcli.artefact import _digest as digest
 from tests.conftest import PROGRAM
 
 zarr = pytest.importorskip("zarr")
@@ -172,9 +176,7 @@ class TestForecasters:
 
     def test_missing_foreign_and_damaged_files(self, farcli, folder):
         refused(farcli, folder, ("forecast", "no.safetensors", "digits.zarr", "-o", "new.zarr"), 3, "no.safetensors")
-        from safetensors.numpy import save_file
-
-        save_file({"a": np.zeros(3, np.float32)}, folder / "foreign.safetensors")
+        save_file({"a": torch.zeros(3)}, folder / "foreign.safetensors")
         (folder / "broken.safetensors").write_bytes((folder / "lfd2.safetensors").read_bytes()[:40])
         for name in ("foreign.safetensors", "broken.safetensors"):
             refused(farcli, folder, ("forecast", name, "digits.zarr", "-o", "new.zarr"), 3, name)
@@ -185,6 +187,16 @@ class TestForecasters:
         data[-3] ^= 1
         (folder / "lfd2.safetensors").write_bytes(data)
         refused(farcli, folder, FORECAST, 3, "lfd2.safetensors", "damaged")
+
+    def test_a_forecaster_of_another_version(self, farcli, folder):
+        """Its file is whole, but holds other tensors than this version's."""
+        path = folder / "lfd2.safetensors"
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["farcli"])
+            tensors = {name: file.get_tensor(name)[..., :-1].contiguous() for name in file.keys()}  # noqa: SIM118
+        header["tensors"] = digest(tensors)
+        save_file(tensors, path, metadata={"farcli": json.dumps(header)})
+        refused(farcli, folder, FORECAST, 3, "lfd2.safetensors", "another version of lfd2", "expected [", "Fit it")
 
     def test_options_that_do_not_apply(self, farcli, folder):
         for words, text in (
