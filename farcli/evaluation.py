@@ -5,7 +5,7 @@ Shape suffixes: B runs, H horizons, D coordinates of a block.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, Literal
 
@@ -334,6 +334,10 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
             )
         return vector
 
+    @lru_cache(maxsize=1)  # forecasts come run by run
+    def last(run: int) -> np.ndarray:
+        return recorded_vector(run, origin)
+
     def measured(vector: np.ndarray, run: int, step: int, text: str) -> dict[str, float]:
         nonlocal done
         done += 1
@@ -350,7 +354,7 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
     verification = measure.verification
     kept: dict[int, float] = {}
     if verification is not None:
-        kept = {run: verification.loss(recorded_vector(run, origin), truth.integers(run, origin), run) for run in runs}
+        kept = {run: verification.loss(last(run), truth.integers(run, origin), run) for run in runs}
     forecast: list[Results] = []
     lengths: list[dict[tuple[int, int], float]] = []
     for candidate in candidates:
@@ -362,11 +366,10 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
                 results[run][step], passed[run, step] = results[run][before[1]], passed[run, before[1]]
                 done += 1  # many forecast the same at every step
                 continue
-            before, length, chosen = (run, step, vector), 1.0, vector
+            length, chosen = 1.0, vector
             if verification is not None:
-                last = recorded_vector(run, origin)
-                length, chosen = verification.passed(last, vector, truth.integers(run, origin), run, kept[run])
-            passed[run, step] = length
+                length, chosen = verification.passed(last(run), vector, truth.integers(run, origin), run, kept[run])
+            before, passed[run, step] = (run, step, vector), length
             if length:
                 results[run][step] = measured(chosen, run, origin, f"held-out loss of {candidate.label}")
             else:

@@ -3,6 +3,7 @@
 Shape suffixes: B runs of a block, R training runs, C snapshots, H horizons, D coordinates, S tensors, P unknowns.
 """
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -115,30 +116,8 @@ class Rows(Sums):
         return all(part.finite for part in self._parts)
 
 
-@final
-class LeapErrors(CountedErrors):
-    """How large the errors of leaps fitted without a run are on that run, in units of a scale of each tensor."""
-
-    def __init__(self, problem: Problem, leap: LossLfd, rows: PrefixRows, scale_S: Tensor) -> None:
-        super().__init__(len(scale_S), len(problem.steps_H))
-        self._leap, self._rows, self._scale_S = leap, rows, scale_S
-
-    def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
-        """Take one block in."""
-        start, stop = prefix.start, min(prefix.start + truth_BHD.shape[-1], self._rows.moved_RD.shape[-1])
-        if stop <= start:
-            return  # buffers are not forecast
-        for row, run in enumerate(prefix.runs_B):
-            leapt_D = self._leap.leapt_without(self._rows, run, start, stop)
-            error_HD = truth_BHD[row, :, : stop - start].cpu() - leapt_D
-            for segment in prefix.layout.segments(start, stop):
-                error_HN = error_HD[:, segment.start : segment.stop] / self._scale_S[segment.slot]
-                self.counts.add(segment.slot, error_HN[None])
-
-
-@final
-class KeptErrors(CountedErrors):
-    """How far training runs move from w_n, in units of a scale of each tensor."""
+class ScaledErrors(CountedErrors):
+    """How large errors on training runs are, in units of a scale of each tensor."""
 
     def __init__(self, problem: Problem, scale_S: Tensor) -> None:
         super().__init__(len(scale_S), len(problem.steps_H))
@@ -146,11 +125,40 @@ class KeptErrors(CountedErrors):
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
-        stop = min(prefix.start + truth_BHD.shape[-1], self._coordinates)
-        moved_BHD = truth_BHD - prefix.weights_BCD[:, -1:]
-        for segment in prefix.layout.segments(prefix.start, stop):
-            moved_BHN = moved_BHD[..., segment.start : segment.stop]
-            self.counts.add(segment.slot, moved_BHN / float(self._scale_S[segment.slot]))
+        start, stop = prefix.start, min(prefix.start + truth_BHD.shape[-1], self._coordinates)
+        if stop <= start:
+            return  # buffers are not forecast
+        for row in range(len(truth_BHD)):
+            error_HD = truth_BHD[row, :, : stop - start].cpu() - self.forecast(prefix, row, stop)
+            for segment in prefix.layout.segments(start, stop):
+                error_HN = error_HD[:, segment.start : segment.stop] / self._scale_S[segment.slot]
+                self.counts.add(segment.slot, error_HN[None])
+
+    @abstractmethod
+    def forecast(self, prefix: Prefix, row: int, stop: int) -> Tensor:
+        """Of one run of a block, of the coordinates up to `stop`: [D], on the CPU."""
+
+
+@final
+class LeapErrors(ScaledErrors):
+    """Of leaps fitted without a run, on that run."""
+
+    def __init__(self, problem: Problem, scale_S: Tensor, leap: LossLfd, rows: PrefixRows) -> None:
+        super().__init__(problem, scale_S)
+        self._leap, self._rows = leap, rows
+
+    def forecast(self, prefix: Prefix, row: int, stop: int) -> Tensor:
+        """The leap."""
+        return self._leap.leapt_without(self._rows, prefix.runs_B[row], prefix.start, stop)
+
+
+@final
+class KeptErrors(ScaledErrors):
+    """Of keeping w_n."""
+
+    def forecast(self, prefix: Prefix, row: int, stop: int) -> Tensor:
+        """w_n."""
+        return prefix.weights_BCD[row, -1, : stop - prefix.start].cpu()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -378,7 +386,7 @@ class Far(SolvedForecaster):
             return Runs(problem, sums)
         if method == "loss" and first:
             return Rows(sums, PrefixRows(problem))
-        leapt = LeapErrors(problem, leap.forecaster, leap.rows, leap.scale_S) if leap and leap.rows else None
+        leapt = LeapErrors(problem, leap.scale_S, leap.forecaster, leap.rows) if leap and leap.rows else None
         kept = KeptErrors(problem, self._kept.scale_S) if self._kept else None
         return Rows(sums, leapt=leapt, kept=kept) if leapt or kept else sums
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 LARGEST_SIDE = 1024
-"""Up to this many rows the covariance of a side is taken whole, else its diagonal."""
+"""Where a side has more coordinates, and more samples, the diagonal of its covariance is taken."""
 _FLOOR = 0.1
 """Of the mean eigenvalue of a covariance: what is added to each."""
 
@@ -19,8 +19,8 @@ def whitened(way_D: Tensor, moves_MD: Tensor, shape: Sequence[int]) -> Tensor:
 
     A matrix S of O × N, or what a tensor of more axes is with all but the first taken together, becomes
     (L + .1)^(−1/2) S (R + .1)^(−1/2), with L = Σ m mᵀ and R = Σ mᵀ m over the moves m, each over its mean eigenvalue.
-    A vector is divided by the root of its coordinates' mean squares, a tenth of their mean added. Where neither side
-    nor the number of its samples is 1,024 or less, so is that side.
+    A vector is divided by the root of its coordinates' mean squares, a tenth of their mean added. So is a side of more
+    than 1,024 coordinates, of which there are more samples than that.
 
     Where moves are mostly noise of gradients, L and R are those of Shampoo (arXiv 1802.09568), and by Kronecker
     factors (K-FAC, arXiv 1503.05671) they say how curved the loss is.

@@ -47,6 +47,8 @@ YARDSTICKS = ("persistence", "lawa", "mean", "drift", "linear", "quadratic", "ls
 HORIZONS = 6
 """Horizons shown where nothing says which."""
 
+_LENGTHS = "expected different numbers above 0, for example 0.5,1,1.5."
+
 _LIMITED = {
     "--max": ("mse", "loss"),
     "--min": ("skill", "cosine", "accuracy", "equivalent_steps", "net_steps", "better", "not_worse"),
@@ -191,7 +193,7 @@ def _lengths(given: Sequence[float] | None, verify: int) -> tuple[float, ...]:
     if not verify:
         raise UsageError(f"--lengths {text}: there is nothing to choose by without --verify N.")
     if not given or len(set(given)) < len(given) or not all(0 < length < math.inf for length in given):
-        raise UsageError(f"--lengths {text}: expected different numbers above 0, for example 0.5,1,1.5.")
+        raise UsageError(f"--lengths {text}: {_LENGTHS}")
     return tuple(given)
 
 
@@ -589,7 +591,7 @@ def parse_lengths(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--lengths {text!r}: expected different numbers above 0, for example 0.5,1,1.5.") from None
+        raise UsageError(f"--lengths {text!r}: {_LENGTHS}") from None
 
 
 def parse_limits(texts: Sequence[str], flag: str) -> dict[str, float]:
