@@ -70,10 +70,10 @@ class Case:
 
 
 CASES = {
-    "digits-cnn": Case(workload="digits-cnn", options={"held_back": "300"}, every=15, epoch=15, last=47,
-                       starts=(7, 15, 31), ahead=(1, 2, 4, 8, 16), train=25, test=40),
-    "digits-mlp": Case(workload="image-mlp", options={"train": "997"}, every=15, epoch=15, last=47,
-                       starts=(7, 15, 31), ahead=(1, 2, 4, 8, 16), train=25, test=40),
+    "digits-cnn": Case(workload="digits-cnn", options={"held_back": "300", "own_split": "true"}, every=15, epoch=15,
+                       last=47, starts=(7, 15, 31), ahead=(1, 2, 4, 8, 16), train=25, test=40),
+    "digits-mlp": Case(workload="image-mlp", options={"train": "997", "own_split": "true"}, every=15, epoch=15,
+                       last=47, starts=(7, 15, 31), ahead=(1, 2, 4, 8, 16), train=25, test=40),
     "fashion-cnn": Case(workload="nas-cnn", options={"data": "fashion-mnist", "train": "2560", "held_out": "1000"},
                         every=20, epoch=20, last=23, starts=(7,), ahead=(1, 2, 4, 8), train=20, test=20),
     "fashion-cnn-adam": Case(workload="nas-cnn", options={"data": "fashion-mnist", "train": "2560", "held_out": "1000",

@@ -20,7 +20,7 @@ from farcli.workloads.optimisation import (
     rate_help,
     resolved,
 )
-from farcli.workloads.randomness import fresh, seeded, shuffled
+from farcli.workloads.randomness import divided, fresh, seeded, shuffled
 
 _HELD_OUT = 500
 _SPLIT_SEED = 0
@@ -38,8 +38,9 @@ class DigitsCnnConfig(TrainingOptions):
     lr: float | None = field(default=None, metadata=rate_help(_LR))
     weight_decay: float | None = field(default=None, metadata=decay_help(_WEIGHT_DECAY))
     batch: int = field(default=64, metadata={"help": "images a step, drawn by reshuffling every epoch"})
-    held_back: int = field(
-        default=0, metadata={"help": "training images kept out of training, always the same, to verify leaps on"}
+    held_back: int = field(default=0, metadata={"help": "training images kept out of training, to verify leaps on"})
+    own_split: bool = field(
+        default=False, metadata={"help": "whether each run draws which these are; otherwise always the same"}
     )
     width: int = field(default=8, metadata={"help": "channels of the first convolution; the second has twice as many"})
 
@@ -66,7 +67,7 @@ class DigitsCnn(Workload):
 
     def __init__(self, config: DigitsCnnConfig) -> None:
         self._config = resolved(config, lr=_LR, weight_decay=_WEIGHT_DECAY, span=self.default_steps)
-        self._train, self._held_out, self._held_back = _digits(config)
+        self._rest, self._held_out = _digits(config)
 
     @property
     def config(self) -> DigitsCnnConfig:
@@ -94,9 +95,15 @@ class DigitsCnn(Workload):
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Pairs (images, labels); what is left of an epoch after the last whole batch is dropped."""
         (seed,) = seeds
-        images, labels = self._train
+        _, (images, labels) = self._parts(seed)
         for chosen in shuffled(seed, len(labels), self._config.batch, start):
             yield images[chosen], labels[chosen]
+
+    def _parts(self, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Images and labels that a run holds back, and those it is trained on."""
+        images, labels = self._rest
+        back, mine = divided(seed, len(labels), self._config.held_back, self._config.own_split)
+        return (images[back], labels[back]), (images[mine], labels[mine])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""
@@ -113,7 +120,7 @@ class DigitsCnn(Workload):
 
     def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
         """Pairs (images, labels) of those held back."""
-        images, labels = self._held_back
+        (images, labels), _ = self._parts(seed)
         if not len(labels):
             raise UsageError(
                 "digits-cnn: no images are left to verify leaps on.", "Keep some out of training: --set held_back=300."
@@ -123,15 +130,16 @@ class DigitsCnn(Workload):
 
     def calibration(self, seed: int) -> Iterator[Batch]:
         """All training images in one batch: the statistics are then exact."""
-        yield self._train
+        yield self._parts(seed)[1]
 
     def calibration_cost(self) -> float:
         """A forward pass over the training images."""
-        return len(self._train[1]) / self._config.batch / 3
+        return (len(self._rest[1]) - self._config.held_back) / self._config.batch / 3
 
     def chance(self) -> dict[str, float]:
         """Always answer with the class frequencies of the training images."""
-        frequencies = torch.bincount(self._train[1], minlength=10) / len(self._train[1])
+        _, answers = _seen(self._rest, self._config)
+        frequencies = torch.bincount(answers, minlength=10) / len(answers)
         labels = self._held_out[1]
         return {
             "loss": float(-frequencies.log()[labels].mean()),
@@ -143,10 +151,10 @@ class DigitsCnn(Workload):
         return _HELD_OUT / self._config.batch / 3
 
 
-def _digits(config: DigitsCnnConfig) -> tuple[tuple[Tensor, Tensor], ...]:
-    """Images [N, 1, 8, 8] scaled to zero mean and unit variance, and labels: to train on, held out, and held back.
+def _digits(config: DigitsCnnConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Images [N, 1, 8, 8] scaled to zero mean and unit variance, and labels: not held out, and held out.
 
-    Mean and variance are those of the images trained on.
+    Mean and variance are those of the images trained on; where each run draws its own, of all that it may draw.
     """
     try:
         from sklearn.datasets import load_digits
@@ -159,10 +167,16 @@ def _digits(config: DigitsCnnConfig) -> tuple[tuple[Tensor, Tensor], ...]:
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(answers))
     images = torch.tensor(pixels[order], dtype=torch.float32).reshape(-1, 1, 8, 8)
     labels = torch.tensor(answers[order], dtype=torch.int64)
-    first = min(_HELD_OUT + config.held_back, len(labels))
-    train = images[first:]
-    if config.batch > len(train):
-        raise UsageError(f"digits-cnn: batch={config.batch}, but there are {len(train)} training images.")
-    images = ((images - train.mean()) / train.std()).to(dtype_of(config))
-    parts = slice(first, None), slice(_HELD_OUT), slice(_HELD_OUT, first)
-    return tuple((images[part], labels[part]) for part in parts)
+    trained = max(0, len(labels) - _HELD_OUT - config.held_back)
+    if config.batch > trained:
+        raise UsageError(f"digits-cnn: batch={config.batch}, but there are {trained} training images.")
+    seen, _ = _seen((images[_HELD_OUT:], labels[_HELD_OUT:]), config)
+    images = ((images - seen.mean()) / seen.std()).to(dtype_of(config))
+    return (images[_HELD_OUT:], labels[_HELD_OUT:]), (images[:_HELD_OUT], labels[:_HELD_OUT])
+
+
+def _seen(part: tuple[Tensor, Tensor], config: DigitsCnnConfig) -> tuple[Tensor, Tensor]:
+    """Of the images that are not held out those that some run is trained on."""
+    images, labels = part
+    first = 0 if config.own_split else config.held_back
+    return images[first:], labels[first:]

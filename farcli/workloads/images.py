@@ -27,7 +27,7 @@ from farcli.files import staged_file
 from farcli.workloads.base import Batch, Workload, evaluating
 from farcli.workloads.folders import VARIABLE, find, folders
 from farcli.workloads.optimisation import TrainingOptions, dtype_of, resolved
-from farcli.workloads.randomness import fresh, shuffled
+from farcli.workloads.randomness import divided, fresh, shuffled
 from farcli.workloads.texts import require_digest
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -73,6 +73,10 @@ class ImageOptions(TrainingOptions):
     held_out: int = field(
         default=2_000, metadata={"help": "images of the test part that a loss is taken over, likewise"}
     )
+    own_split: bool = field(
+        default=False,
+        metadata={"help": "whether each run draws the images that it trains on, so that each has others to verify on"},
+    )
     batch: int = field(default=128, metadata={"help": "images a step, drawn by reshuffling every epoch"})
     digest: str | None = field(
         default=None, metadata={"help": "of the images, to make sure of them; none takes any, a recording says which"}
@@ -91,7 +95,8 @@ OptionsT = TypeVar("OptionsT", bound=ImageOptions)
 class ImageWorkload(Workload):
     """Classification of images by cross-entropy; a subclass adds its network.
 
-    Pixels are standardised by mean and standard deviation of each channel over the images trained on.
+    Pixels are standardised by mean and standard deviation of each channel over the images trained on; where each run
+    draws its own, over all that it may draw.
     """
 
     name: ClassVar[str]
@@ -104,10 +109,15 @@ class ImageWorkload(Workload):
         """Load the images, and fill in the options that depend on them."""
         data, images = load_images(config.data)
         self._title = images.title
-        self._whole = images.train
-        self._train = _subset(images.train, config.train)
+        self._own = config.own_split
         self._held_out = _subset(images.held_out, config.held_out)
-        train, held_out = len(self._train[1]), len(self._held_out[1])
+        if self._own:
+            self._train = _subset(_once(images.train, but=self._held_out), len(images.train[1]))
+            self._whole = tuple(part.numpy() for part in self._train)
+        else:
+            self._train, self._whole = _subset(images.train, config.train), images.train
+        train, held_out = min(config.train, len(self._train[1])), len(self._held_out[1])
+        self._count = train
         if config.batch > train:
             raise UsageError(f"{self.name}: batch={config.batch}, but there are {train} images to train on.")
         digest = sha256(b"".join(part.numpy().tobytes() for part in (*self._train, *self._held_out))).hexdigest()[:16]
@@ -141,8 +151,13 @@ class ImageWorkload(Workload):
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Pairs (images, labels); what is left of an epoch after the last whole batch is dropped."""
         (seed,) = seeds
-        for chosen in shuffled(seed, len(self._train[1]), self._options.batch, start):
-            yield self._batch(self._train, chosen)
+        mine, _ = self._parts(seed)
+        for chosen in shuffled(seed, self._count, self._options.batch, start):
+            yield self._batch(self._train, mine[chosen])
+
+    def _parts(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Of the images that may be trained on: numbers of those a run is trained on, and of its others, if any."""
+        return divided(seed, len(self._train[1]), self._count, self._own)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""
@@ -162,39 +177,37 @@ class ImageWorkload(Workload):
 
     def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
         """Pairs (images, labels) of what the option `train` leaves out of the training part."""
-        if not len(self._left_out):
+        left, (images, labels) = self._parts(seed)[1].numpy() if self._own else self._left_out, self._whole
+        if not len(left):
             raise UsageError(
-                f"{self.name}: train={len(self._train[1])} leaves no images to verify leaps on.",
-                f"Train on fewer: --set train={len(self._train[1]) * 4 // 5}.",
+                f"{self.name}: train={self._count} leaves no images to verify leaps on.",
+                f"Train on fewer: --set train={self._count * 4 // 5}.",
             )
-        images, labels = self._whole
-        parts = [
-            self._left_out[part.numpy()]
-            for part in fresh(seed, draw, batches, len(self._left_out), self._options.batch)
-        ]
+        parts = [left[part.numpy()] for part in fresh(seed, draw, batches, len(left), self._options.batch)]
         return [
             self._batch((torch.from_numpy(images[part]), torch.from_numpy(labels[part])), slice(None)) for part in parts
         ]
 
     @cached_property
     def _left_out(self) -> np.ndarray:
-        """Numbers of the images of the training part that are not used; nor are their pixels, elsewhere in the data."""
+        """Numbers of the images of the training part that no run uses; nor are their pixels, elsewhere in the data."""
         images, labels = self._whole
-        used = {sha256(image.tobytes()).digest() for part in (self._train, self._held_out) for image in part[0].numpy()}
-        rest = np.sort(np.random.default_rng(_SPLIT_SEED).permutation(len(labels))[len(self._train[1]) :])
-        return rest[[sha256(images[number].tobytes()).digest() not in used for number in rest]]
+        used = _pixels(self._train[0].numpy()) | _pixels(self._held_out[0].numpy())
+        rest = np.sort(np.random.default_rng(_SPLIT_SEED).permutation(len(labels))[self._count :])
+        return rest[[_digest(images[number]) not in used for number in rest]]
 
     def calibration(self, seed: int) -> Iterator[Batch]:
         """At most 2,000 training images, in batches of 250."""
         number, size = _CALIBRATION
-        size = min(size, len(self._train[1]))
-        for index in range(min(number, len(self._train[1]) // size)):
-            yield self._batch(self._train, slice(index * size, (index + 1) * size))
+        size = min(size, self._count)
+        mine, _ = self._parts(seed)
+        for index in range(min(number, self._count // size)):
+            yield self._batch(self._train, mine[index * size : (index + 1) * size])
 
     def calibration_cost(self) -> float:
         """A forward pass over these images."""
         number, size = _CALIBRATION
-        return min(number * size, len(self._train[1])) / self._options.batch / 3
+        return min(number * size, self._count) / self._options.batch / 3
 
     def chance(self) -> dict[str, float]:
         """Always answer with the class frequencies of the training images."""
@@ -219,6 +232,30 @@ def _subset(part: tuple[np.ndarray, np.ndarray], count: int) -> tuple[Tensor, Te
     )  # the rest is left to verify on; sorted, to read the file from front to back
     mixed = order.permutation(len(chosen))
     return torch.from_numpy(np.ascontiguousarray(images[chosen])[mixed]), torch.from_numpy(labels[chosen][mixed])
+
+
+def _once(part: tuple[np.ndarray, np.ndarray], but: tuple[Tensor, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """The images, each once and without those of another part, so that however they are divided none is on both sides.
+
+    Args:
+        part: images and labels.
+        but: the other part.
+    """
+    images, labels = part
+    seen, chosen = _pixels(but[0].numpy()), []
+    for number, image in enumerate(images):
+        if (digest := _digest(image)) not in seen:
+            seen.add(digest)
+            chosen.append(number)
+    return images[chosen], labels[chosen]
+
+
+def _pixels(images: np.ndarray) -> set[bytes]:
+    return {_digest(image) for image in images}
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return sha256(image.tobytes()).digest()
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:

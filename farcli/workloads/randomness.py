@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Purpose = Literal["data", "held-out", "init", "order", "noise", "verify"]
-_PURPOSES: tuple[Purpose, ...] = ("data", "held-out", "init", "order", "noise", "verify")
+Purpose = Literal["data", "held-out", "init", "order", "noise", "verify", "split"]
+_PURPOSES: tuple[Purpose, ...] = ("data", "held-out", "init", "order", "noise", "verify", "split")
 """Their places are part of every recording: append only."""
 
 
@@ -87,3 +87,9 @@ def fresh(seed: int, draw: int, batches: int, count: int, size: int) -> list[Ten
     epoch, place = divmod(draw, count // (size * batches))
     permutation = torch.from_numpy(stream(seed, "verify", epoch).permutation(count))
     return list(permutation[place * size * batches : (place + 1) * size * batches].split(size))
+
+
+def divided(seed: int, count: int, first: int, own: bool) -> tuple[Tensor, Tensor]:
+    """The numbers 0 … count − 1 in two parts, the first of them `first` long: drawn by the run, or in their order."""
+    numbers = torch.from_numpy(stream(seed, "split").permutation(count)) if own else torch.arange(count)
+    return numbers[:first], numbers[first:]

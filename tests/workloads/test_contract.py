@@ -24,14 +24,24 @@ from tests.workloads.small import small_options
 SEED, OTHER = run_seed(0, 0), run_seed(0, 1)
 
 
-@pytest.fixture(scope="module", params=WORKLOADS)
-def name(request: pytest.FixtureRequest) -> str:
+OWN_SPLIT = ("digits-cnn", "image-mlp")
+"""Of the two ways that there are to draw one's own images, one each."""
+
+
+@pytest.fixture(scope="module", params=[*WORKLOADS, *(f"{name}, own split" for name in OWN_SPLIT)])
+def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def options(name: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return small_options(name, tmp_path_factory.mktemp(name))
+def name(case: str) -> str:
+    return case.split(",", maxsplit=1)[0]
+
+
+@pytest.fixture(scope="module")
+def options(case: str, name: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    own = {"own_split": "true"} if case != name else {}
+    return small_options(name, tmp_path_factory.mktemp(name)) | own
 
 
 @pytest.fixture(scope="module")

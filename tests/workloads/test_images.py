@@ -3,7 +3,9 @@ import os
 import pickle
 import struct
 import tarfile
+from collections.abc import Iterable
 from io import BytesIO
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from numcodecs.zstd import Zstd
 
 from farcli.errors import UsageError
 from farcli.training import describe_workload, run_seed, workload_from, workload_of
+from farcli.workloads.base import Batch
 from farcli.workloads.images import CIFAR10, load_images
 
 SEED = run_seed(0, 0)
@@ -63,6 +66,45 @@ def test_leaps_are_verified_on_what_training_leaves_out():
     with pytest.raises(UsageError, match="train=1297 leaves no images") as caught:
         whole.verification(SEED, 0, 1)
     assert caught.value.hint == "Train on fewer: --set train=1037."
+
+
+@pytest.mark.parametrize(("name", "left"), [("image-mlp", {"train": "997"}), ("digits-cnn", {"held_back": "300"})])
+def test_runs_that_draw_their_own_images_hold_back_others_each(name: str, left: dict[str, str]):
+    workload = workload_from(name, {"own_split": "true", "batch": "60", **left})
+
+    def pixels(batches: Iterable[Batch]) -> set[bytes]:
+        return {image.numpy().tobytes() for images, _ in batches for image in images}
+
+    trained, back = [], []
+    for seed in (run_seed(0, run) for run in range(12)):
+        trained.append(pixels(chain(islice(workload.batches([seed]), 64), workload.calibration(seed))))
+        back.append(pixels(workload.verification(seed, 0, 5)))
+        assert len(trained[-1]) <= 997
+        assert len(back[-1]) == 300
+        assert not trained[-1] & back[-1]
+    assert all(len(back[0] & other) < 110 for other in back[1:])  # of 300 that are drawn from 1297, 69 are expected
+    assert len(set.union(*back)) > 1200  # 1297 (1 − (997 / 1297)^12) = 1242 are expected
+    assert len(set.union(*trained, *back)) == 1297
+
+
+def test_no_image_is_left_where_each_run_draws_all_of_them():
+    workload = workload_from("image-mlp", {"own_split": "true"})
+    with pytest.raises(UsageError, match="train=1297 leaves no images"):
+        workload.verification(SEED, 0, 1)
+
+
+def test_an_image_that_comes_twice_or_is_held_out_too_is_not_drawn(tmp_path: Path):
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (40, 28, 28), dtype=np.uint8)
+    parts = {"train": np.concatenate([images, images[:10]]), "t10k": images[30:]}
+    for part, pixels in parts.items():
+        labels = np.arange(len(pixels), dtype=np.uint8) % 10
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            magic = {"images-idx3": 2051, "labels-idx1": 2049}[kind]
+            header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
+            (tmp_path / f"{part}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    options = {"data": str(tmp_path), "own_split": "true", "batch": "5", "hidden": "4"}
+    assert workload_from("image-mlp", options).config.train == 30
 
 
 def test_the_official_archive_is_read_in_its_order(official: Path, tmp_path: Path):
