@@ -20,7 +20,8 @@ from farcli.forecasters.table import FORECASTERS
 from farcli.layout import Layout
 from farcli.registry import resolve
 
-SCHEMA = 1
+SCHEMA = 2
+"""1 had no digest of the header."""
 _KEY = "farcli"
 
 
@@ -80,6 +81,7 @@ def save(artefact: Artefact, path: Path, *, replace: bool) -> None:
         "tensors": _digest(tensors),
         "provenance": artefact.provenance,
     }
+    header["digest"] = _header_digest(json.loads(json.dumps(header)))  # of what a reader will see
     with staged_file(path, replace) as temporary:
         try:
             save_file(tensors, temporary, metadata={_KEY: json.dumps(header)})  # straight from the tensors: no copy
@@ -97,6 +99,12 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _header_digest(header: Mapping[str, Any]) -> str:
+    """A fingerprint of all that the header says beside it."""
+    rest = {key: value for key, value in header.items() if key != "digest"}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: Path) -> Artefact:
@@ -121,11 +129,15 @@ def load(path: Path) -> Artefact:
         header = json.loads(text)
         if "step" in header:
             raise StoreError(f"{path}: is a snapshot that `farcli export` wrote, not a forecaster.")
-        schema, method = int(header["schema"]), str(header["method"])
+        schema, method = header["schema"], str(header["method"])
+        if not isinstance(schema, int) or schema < 1:
+            raise StoreError(f"{path}: has schema {schema!r}, expected 1 to {SCHEMA}.", hint="Fit it again.")
         if schema > SCHEMA:
             raise StoreError(
                 f"{path}: has schema {schema}, and this farcli reads up to {SCHEMA}.", hint="Upgrade farcli."
             )
+        if (schema > 1 or "digest" in header) and header.get("digest") != _header_digest(header):
+            raise StoreError(f"{path}: is damaged: its header is not the one that was written.", hint="Fit it again.")
         problem = Problem(
             layout=Layout.from_json(header["layout"]),
             coordinates=int(header["coordinates"]),
@@ -137,7 +149,7 @@ def load(path: Path) -> Artefact:
         context = tuple(int(step) for step in header["context"])
         options, provenance = dict(header["options"]), dict(header["provenance"])
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{path}: its farcli header is not readable ({type(error).__name__}: {error}).") from error
+        raise StoreError(f"{path}: its farcli header cannot be read.", hint="Fit it again.") from error
     if header.get("tensors") != _digest(tensors):
         raise StoreError(f"{path}: is damaged: its tensors are not those that were written.", hint="Fit it again.")
     try:

@@ -63,7 +63,10 @@ def staged_file(path: Path, replace: bool) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # as the umask has it, whoever wrote the file
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         refuse_existing(path, replace)

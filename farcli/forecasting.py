@@ -99,6 +99,7 @@ class Method:
         context: steps of the prefix; its last is the start of the forecast.
         targets: steps it can forecast from there; None for any.
         training: what it was fitted on.
+        diverged: how its fit ended, where it did not end well.
     """
 
     label: str
@@ -107,6 +108,7 @@ class Method:
     context: tuple[int, ...]
     targets: tuple[int, ...] | None
     training: tuple[TrainingData, ...]
+    diverged: str = ""
 
     @property
     def start(self) -> int:
@@ -190,6 +192,7 @@ def _fitted(artefact: Artefact, path: str, truth: Trajectory, start: int | None,
         context=context,
         targets=tuple(step + shift for step in problem.steps_H) if fitted else None,
         training=tuple(TrainingData.from_json(t) for t in artefact.provenance.get("training", ())),
+        diverged=str(artefact.provenance.get("diverged", "")),
     )
 
 

@@ -14,7 +14,6 @@ from farcli.cli.options import (
     Output,
     Partial,
     Quiet,
-    Resume,
     Settings,
     To,
     complete_methods,
@@ -36,7 +35,14 @@ def fit(
     memory: Memory = "2G",
     partial: Partial = False,
     force: Force = False,
-    resume: Resume = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with a fit by gradient that was stopped; do nothing where the output is there already and is "
+            "what was asked for.",
+        ),
+    ] = False,
     dry_run: DryRun = False,
     format: FormatOption = "auto",
     quiet: Quiet = False,
@@ -47,6 +53,7 @@ def fit(
     """
     from farcli.cli.output import emit_made
     from farcli.cli.progress import progress
+    from farcli.cli.signals import stop_flag
     from farcli.config import parse_assignments, parse_size
     from farcli.verbs.fit import fit as run
 
@@ -67,6 +74,7 @@ def fit(
             resume=resume,
             dry_run=dry_run,
             partial=partial,
+            stopping=stop_flag,
             report=report,
         )
     emit_made(row, form=format, quiet=quiet)

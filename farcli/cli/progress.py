@@ -24,18 +24,19 @@ def progress(what: str, quiet: bool = False) -> Iterator[Report]:
 
 def _bar(what: str) -> Iterator[Report]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=20),
         TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
         console=Console(stderr=True),
         transient=True,
+        expand=True,
     ) as bar:
         task = bar.add_task(what, total=None, text="")
         yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)

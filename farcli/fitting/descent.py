@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, final
 import torch
 from torch import Generator
 
-from farcli.errors import NonFiniteError, StoreError, UsageError
+from farcli.errors import NonFiniteError, StoppedError, StoreError, UsageError
 from farcli.files import staged_file
 from farcli.fitting.examples import Examples, take
 from farcli.fitting.networks import Alone, InTraining, State, Together, fitted_together, network_bytes
@@ -139,6 +139,7 @@ def descend(
     *,
     device: torch.device | None = None,
     saved: Saved | None = None,
+    stop: Callable[[], bool] = lambda: False,
     report: Callable[[float, float, str], None] = lambda done, total, text: None,
 ) -> Fitted[TrainedT]:
     """Fit a forecaster by gradient: Adam on mini-batches, as its options (`Descent`) say.
@@ -157,6 +158,7 @@ def descend(
         passes: called once per pass; a block's tensors need to be valid until the next one is asked for.
         device: where the networks and the blocks are.
         saved: where to go on from, and to save to; a fit that was stopped and went on has the bits of one that was not.
+        stop: asked after each epoch whether to save and stop; only where there is something to save to.
         report: called after each epoch with (updates done, updates in all, losses).
 
     Returns:
@@ -164,6 +166,7 @@ def descend(
 
     Raises:
         DivergedError: the loss or the parameters stopped being finite; holds the best state.
+        StoppedError: `stop` said so.
         NonFiniteError: the data hold NaN or Inf; names the run and tensor.
         ResourceError: the network needs more than `problem.memory`; names the largest D possible.
         UsageError: the problem does not fit the options, or the runs are too few to split.
@@ -202,10 +205,16 @@ def descend(
             while not descent.ended:
                 text = descent.epoch()
                 report(group[0] * descent.total + len(group) * descent.done, len(seeds) * descent.total, one_of + text)
-                if saved is not None and saved.due:
+                stopped = stop() and not descent.ended
+                if saved is not None and (saved.due or stopped):
                     finished = [Alone(member).states()[0] for member in members[: group[0]]]
                     known = [asdict(course) for course in courses]
                     saved.save({"finished": finished, "courses": known, "current": descent.state()})
+                    if stopped:
+                        raise StoppedError(
+                            f"{forecaster.name}: stopped after {one_of}{text}; its state is in {saved.path}.",
+                            "Run it again with --resume.",
+                        )
             courses += descent.finish()
         except DivergedError as error:
             if len(seeds) in (1, group[-1] + 1) and descent.restore():
@@ -363,11 +372,12 @@ class _Descent:
         found = f"the last finite loss was {way.last:.4g}" if isfinite(way.last) else "no loss was finite before"
         if way.epoch:
             found += f", the best epoch was {way.epoch} with {way.loss:.4g}"
+        usual = float(type(options)().lr)
         which = f"the fit of seed {self._seeds[place]}" if options.ensemble > 1 else "the fit"
         name = self._networks.forecasters[0].name
         return DivergedError(
             f"{name}: {which} diverged: {what}; {found}.",
-            f"Lower the learning rate: --set lr={options.lr / 10:g}.",
+            f"Lower the learning rate: --set lr={min(options.lr / 10, usual):g}.",
             None,
         )
 

@@ -28,6 +28,7 @@ from farcli.forecasters.base import (
 )
 from farcli.forecasters.identification import UNEXPLAINED, Experiment, Population, forecast, identify
 from farcli.forecasters.intervals import CountedErrors, quantile
+from farcli.forecasters.leave_one_out import require_runs
 from farcli.forecasters.lfd2 import Lfd2
 from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed
 from farcli.forecasters.update_rules import UpdateRule
@@ -321,9 +322,10 @@ class Far(SolvedForecaster):
         """Choose the method.
 
         Raises:
-            UsageError: method = identify was asked for, but cannot be.
+            UsageError: too few runs to leave one out; method = identify was asked for, but cannot be.
         """
         config = self._config
+        require_runs("far", problem.runs)
         if config.method == "lfd2":
             return self
         against, rule = "", None
@@ -726,4 +728,4 @@ def _named() -> Iterator[None]:
     try:
         yield
     except FarcliError as error:
-        raise type(error)(f"far: {error}", error.hint) from error
+        raise type(error)(str(error).replace("lfd2:", "far:", 1), error.hint) from error

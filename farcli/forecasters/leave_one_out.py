@@ -18,6 +18,8 @@ from farcli.forecasters.least_squares import normal_equations
 PENALTIES = tuple(10 ** (exponent / 4) for exponent in range(-20, 9))
 """From 1e-5, below which rare directions are left to noise (SCIENCE, section 7), to 100: next to no slope at all."""
 LEAST_RUNS = 3
+NAME_A_PENALTY = "Record more runs, or name a penalty: --set ridge=1e-3 (and --set intervals=false)."
+"""What LFD-2 advises where runs are too few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +62,7 @@ class LeftOut:
         Raises:
             UsageError: fewer than 3 runs.
         """
-        require_runs("lfd2", len(grams_RKPP))
+        require_runs("lfd2", len(grams_RKPP), NAME_A_PENALTY)
         gram_KPP, cross_KPH = grams_RKPP.sum(0), cross_RKPH.sum(0)
         others_RKPP, others_RKPH = gram_KPP - grams_RKPP, cross_KPH - cross_RKPH
         best: LeftOut | None = None
@@ -91,7 +93,7 @@ class LeftOut:
         )
 
 
-def require_runs(who: str, runs: int) -> None:
+def require_runs(who: str, runs: int, instead: str = "Record more runs.") -> None:
     """Refuse to leave one run out of too few.
 
     Raises:
@@ -100,7 +102,7 @@ def require_runs(who: str, runs: int) -> None:
     if runs < LEAST_RUNS:
         raise UsageError(
             f"{who}: leaving one run out needs at least {LEAST_RUNS} training runs, found {runs}.",
-            "Record more runs, or name a penalty: --set ridge=1e-3 (and --set intervals=false).",
+            instead,
         )
 
 

@@ -19,7 +19,7 @@ from farcli.config import format_size
 from farcli.errors import ResourceError
 from farcli.forecasters.base import Prefix, Problem, Sums, stored
 from farcli.forecasters.least_squares import inverse_spectrum, normal_equations, unit_scale
-from farcli.forecasters.leave_one_out import PENALTIES, require_runs
+from farcli.forecasters.leave_one_out import NAME_A_PENALTY, PENALTIES, require_runs
 
 _GRAM_COPIES = 6
 """Copies of the Gram matrix and its right-hand sides that solving them holds, LAPACK's among them."""
@@ -220,7 +220,7 @@ def _least_left_out(values_R: Tensor, vectors_RR: Tensor, targets_RY: Tensor, *,
     The columns keep their lengths when a run is left out; else it is exact.
     """
     runs = len(values_R)
-    require_runs("lfd2", runs)
+    require_runs("lfd2", runs, NAME_A_PENALTY)
     shrinks = [values_R * inverse_spectrum(values_R, penalty) for penalty in PENALTIES]
     leverages = [vectors_RR.square() @ shrink_R + (1 / runs if bias else 0) for shrink_R in shrinks]
     errors = [0.0] * len(PENALTIES)

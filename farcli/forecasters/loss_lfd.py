@@ -235,6 +235,7 @@ class LossLfd(SolvedForecaster):
         self._kept_R: Tensor | None = None
         self._leapt_R: Tensor | None = None
         self._gain = (float("nan"), float("nan"))
+        self._diverged = ""
 
     @property
     def config(self) -> Config:
@@ -416,7 +417,7 @@ class LossLfd(SolvedForecaster):
         lr = config.lr * max(1.0, float(theta_SJ.detach().abs().max()))
         optimizer = torch.optim.Adam([theta_SJ], lr=lr)
         generator = torch.Generator().manual_seed(config.seed)
-        best = theta_SJ.detach().clone()
+        best, last = theta_SJ.detach().clone(), float("nan")
         for update in range(config.updates):
             optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * update / config.updates)) / 2
             optimizer.zero_grad()
@@ -426,8 +427,9 @@ class LossLfd(SolvedForecaster):
                 lost.backward()  # one by one: only one run's passes are held
                 total += lost.detach()
             if not bool(total.isfinite()):
+                self._diverged = f"the loss is {float(total)} at update {update + 1}; the last finite loss was {last:.4g}"
                 break  # what was best so far stands
-            best = theta_SJ.detach().clone()
+            best, last = theta_SJ.detach().clone(), float(total)
             assert theta_SJ.grad is not None
             theta_SJ.grad[:, fixed_J] = 0.0
             optimizer.step()
@@ -488,6 +490,8 @@ class LossLfd(SolvedForecaster):
         found: dict[str, str | float | list[float]] = {"gain_left_out": mean, "gain_error": error}
         if self._drifts:
             found["drift_explains"] = self._explains
+        if self._diverged:
+            found["diverged"] = self._diverged
         if not require_fitted("loss-lfd", self._theta_SJ).any():
             found["because"] = "no gain on runs left out: w_n is kept"
         return found

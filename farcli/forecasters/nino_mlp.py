@@ -156,8 +156,10 @@ def load_network(path: Path) -> ScalarNetwork:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise StoreError(f"nino-mlp: {path}: is not a readable file of weights ({reason}).") from error
+        raise StoreError(
+            f"nino-mlp: {path}: is not a readable file of weights, expected NiNo's as published.",
+            "Fetch nino_mlp.pt or nino_mlp_h32.pt of github.com/SamsungSAILMontreal/nino again.",
+        ) from error
     state = content.get("state_dict") if isinstance(content, dict) else None
     embedding = state.get("layer_embed.weight") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(embedding, Tensor) or embedding.ndim != 2:

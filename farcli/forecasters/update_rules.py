@@ -41,14 +41,18 @@ class UpdateRule:
 
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> Self | None:
-        """The rule of an optimiser; None where it is no plain one of these, or has groups that differ."""
+        """The rule of an optimiser; None where it is no plain one of these, does nothing, or has groups that differ."""
         name = type(optimizer).__name__.lower()
         groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
         first = groups[0]
         refined = ("nesterov", "amsgrad", "maximize", "centered", "dampening", "lr_decay", "initial_accumulator_value")
         if name not in get_args(RuleName) or any(group != first for group in groups):
             return None
-        if any(first.get(key) for key in refined) or (name == "rmsprop" and first.get("momentum")):
+        if (
+            not first["lr"] > 0
+            or any(first.get(key) for key in refined)
+            or (name == "rmsprop" and first.get("momentum"))
+        ):
             return None
         known = {key: first[key] for key in get_type_hints(cls) if key in first}
         return cls(name=name, **{key: _plain(value) for key, value in known.items()})  # pyright: ignore[reportArgumentType]

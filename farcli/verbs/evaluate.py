@@ -292,6 +292,8 @@ def _prepare(
     for candidate in named:
         if candidate.method is not None:
             check_targets(candidate.method, setting.steps_H)
+            if candidate.method.diverged:
+                warn(f"{candidate.method.source}: holds the best state of a fit that diverged.")
     return named, setting
 
 

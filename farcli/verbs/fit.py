@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace as replaced
 from functools import partial as bound
 from pathlib import Path
@@ -56,6 +57,7 @@ def fit(
     resume: bool = False,
     dry_run: bool = False,
     partial: bool = False,
+    stopping: Callable[[], AbstractContextManager[Callable[[], bool]]] = lambda: nullcontext(lambda: False),
     report: Callable[[float, float, str], None] = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Fit a method on the prefixes and futures of recorded runs and write it to a file.
@@ -74,9 +76,10 @@ def fit(
         memory: bytes that the data and the method's own state may take.
         replace: replace an existing file.
         resume: where this very fit exists already, do nothing and return its row; where one by gradient was stopped,
-            go on from what it saved last, every half minute or so.
+            go on from what it saved last, when it was asked to stop and every half minute or so.
         dry_run: write nothing, return the row that would come out.
         partial: accept unfinished stores.
+        stopping: what a fit by gradient runs within; it yields whether to save and stop, asked after every epoch.
         report: called with (done, total, text).
 
     Returns:
@@ -175,14 +178,16 @@ def fit(
             else:
                 identity = json.dumps([method, str(forecaster.config), steps_C, steps_H, training])
                 saved = Saved(_saved(output), identity, resume=resume)
-                fitted = descend(
-                    forecaster,
-                    problem,
-                    lambda: _blocks(stream, _silent),
-                    device=stream.device,
-                    saved=saved,
-                    report=report,
-                )
+                with stopping() as stop:
+                    fitted = descend(
+                        forecaster,
+                        problem,
+                        lambda: _blocks(stream, _silent),
+                        device=stream.device,
+                        saved=saved,
+                        stop=stop,
+                        report=report,
+                    )
                 saved.remove()
                 forecaster, found = fitted.forecaster, fitted.summary()
         except DivergedError as error:
@@ -202,6 +207,11 @@ def fit(
     if isinstance(forecaster, FittedForecaster):
         found |= forecaster.notes()
     keep(forecaster, **found)
+    if "diverged" in found:
+        raise NonFiniteError(
+            f"{method}: the fit diverged: {found['diverged']}. What was best before is in {output}.",
+            "Lower the learning rate: --set lr=0.05.",
+        )
     return row | {"seconds": seconds} | found
 
 

@@ -123,7 +123,8 @@ class DigitsCnn(Workload):
         (images, labels), _ = self._parts(seed)
         if not len(labels):
             raise UsageError(
-                "digits-cnn: no images are left to verify leaps on.", "Keep some out of training: --set held_back=300."
+                "digits-cnn: no images are left to verify on.",
+                "Record with some kept out of training: --set held_back=300.",
             )
         parts = fresh(seed, draw, batches, len(labels), self._config.batch)
         return [(images[chosen], labels[chosen]) for chosen in parts]

@@ -251,7 +251,7 @@ class Distilbert(Workload):
         tokens, labels = self._spare
         if not tokens:
             raise UsageError(
-                "distilbert: no sentences are left to verify leaps on.",
+                "distilbert: no sentences are left to verify on.",
                 f"Report on fewer, --set sentences={max(1, self._config.sentences // 2)}, or keep some out of "
                 "training, --set held_back=1000.",
             )

@@ -254,7 +254,7 @@ class Gpt2(Workload):
         """Windows of the held-out text between those that `evaluate` reports; none share a token."""
         if self._seen:
             raise UsageError(
-                "gpt2: all of the text held out is trained on: nothing is left to verify leaps on.",
+                "gpt2: all of the text held out is trained on: nothing is left to verify on.",
                 "Hold out another text: --set held_out=OTHER.txt.",
             )
         if not len(self._spare):

@@ -180,8 +180,8 @@ class ImageWorkload(Workload):
         left, (images, labels) = self._parts(seed)[1].numpy() if self._own else self._left_out, self._whole
         if not len(left):
             raise UsageError(
-                f"{self.name}: train={self._count} leaves no images to verify leaps on.",
-                f"Train on fewer: --set train={self._count * 4 // 5}.",
+                f"{self.name}: train={self._count} leaves no images to verify on.",
+                f"Record with fewer to train on: --set train={self._count * 4 // 5}.",
             )
         parts = [left[part.numpy()] for part in fresh(seed, draw, batches, len(left), self._options.batch)]
         return [

@@ -6,15 +6,17 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from farcli.artefact import _digest as digest
+from farcli.artefact import _header_digest as header_digest
 from tests.conftest import PROGRAM
 
 zarr = pytest.importorskip("zarr")
@@ -195,8 +197,31 @@ class TestForecasters:
             header = json.loads(file.metadata()["farcli"])
             tensors = {name: file.get_tensor(name)[..., :-1].contiguous() for name in file.keys()}  # noqa: SIM118
         header["tensors"] = digest(tensors)
+        header["digest"] = header_digest(header)
         save_file(tensors, path, metadata={"farcli": json.dumps(header)})
         refused(farcli, folder, FORECAST, 3, "lfd2.safetensors", "another version of lfd2", "expected [", "Fit it")
+
+    @pytest.mark.parametrize(
+        ("key", "value", "text"),
+        [
+            ("targets", [20, 25, 30, 35, 40, 45, 50, 55, 65], "its header is not the one that was written"),
+            ("options", {"bias": "False"}, "its header is not the one that was written"),
+            ("digest", None, "its header is not the one that was written"),
+            ("schema", 1, "its header is not the one that was written"),
+            ("schema", 0, "has schema 0, expected 1 to 2"),
+            ("schema", "2", "has schema '2', expected 1 to 2"),
+        ],
+    )
+    def test_a_header_that_was_tampered_with(self, farcli, folder, key, value, text):
+        path = folder / "lfd2.safetensors"
+        with safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["farcli"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert header.get(key) != value
+        header[key] = value
+        save_file(tensors, path, metadata={"farcli": json.dumps(header)})
+        for words in (FORECAST, ("eval", "lfd2.safetensors", "digits.zarr"), ("inspect", "lfd2.safetensors")):
+            refused(farcli, folder, words, 3, "lfd2.safetensors: ", text, "Fit it again")
 
     def test_options_that_do_not_apply(self, farcli, folder):
         for words, text in (
@@ -225,7 +250,9 @@ class TestFits:
         words = ("fit", "gfm", *linreg, "--set", "validation=0.99")
         refused(farcli, folder, words, 2, "gfm: validation = 0.99 of", "expected at least 1 on each side")
         words = ("fit", "far", *linreg, "--train-runs", "0:2")
-        refused(farcli, folder, words, 2, "far: ", "needs at least 3 training runs, found 2")
+        assert "ridge" not in refused(farcli, folder, words, 2, "far: leaving one", "at least 3 training runs, found 2")
+        words = ("fit", "lfd2", *linreg, "--train-runs", "0:2", "--set", "ridge=loo")
+        refused(farcli, folder, words, 2, "lfd2: leaving one", "--set ridge=1e-3")
         refused(farcli, folder, ("fit", "loss-lfd", *linreg, "--context", "2"), 2, "loss-lfd", "at least 3 snapshots")
 
     def test_other_grids_and_other_networks(self, farcli, folder):
@@ -250,6 +277,17 @@ class TestFits:
         assert (outcome.code, outcome.out) == (4, "")
         assert re.search(r"gfm: the fit diverged: .* at update \d+; the last finite loss was \d", outcome.err)
         assert "best state is in new.safetensors" in outcome.err
+        assert "hint: Lower the learning rate: --set lr=0.0001." in outcome.err
+        assert farcli("inspect", "new.safetensors", cwd=folder).code == 0
+        outcome = farcli("eval", "new.safetensors", "linreg.zarr", cwd=folder)
+        assert outcome.code == 0
+        assert "new.safetensors: holds the best state of a fit that diverged" in outcome.err
+
+    def test_a_leap_whose_fit_diverges_says_so(self, farcli, folder):
+        words = ("fit", "loss-lfd", "linreg.zarr", "-o", "new.safetensors", "--set", "lr=1e30", "--context", "5", "-q")
+        outcome = farcli(*words, cwd=folder)
+        assert (outcome.code, outcome.out) == (4, "")
+        assert re.search(r"loss-lfd: the fit diverged: .* at update \d+; the last finite loss was \d", outcome.err)
         assert farcli("inspect", "new.safetensors", cwd=folder).code == 0
 
     def test_parameters_that_never_move(self, farcli, folder):
@@ -261,11 +299,26 @@ class TestFits:
         assert np.isfinite(forecast).all()
         np.testing.assert_allclose(forecast[..., 1], 0.5, atol=1e-3)
 
+    def test_weights_that_never_move(self, farcli, folder):
+        words = ("record", "linreg", "-o", "still.zarr", "--runs", "6", "--steps", "20", "--set", "lr=0", "-q")
+        assert farcli(*words, cwd=folder).code == 0
+        for method in ("far", "lfd2", "gfm", "drift", "loss-lfd"):
+            options = ("--set", "epochs=5") if method == "gfm" else ()
+            outcome = farcli("fit", method, "still.zarr", "-o", "m.safetensors", "-q", "--force", *options, cwd=folder)
+            assert outcome.code == 0, outcome.err
+            words = ("forecast", "m.safetensors", "still.zarr", "-o", "f.zarr", "--force", "-q")
+            assert farcli(*words, cwd=folder).code == 0
+            forecast = zarr.open_array(folder / "f.zarr/weights", mode="r")[:]
+            truth = zarr.open_array(folder / "still.zarr/weights", mode="r")[:]
+            if method != "gfm":  # which five epochs teach nothing
+                np.testing.assert_allclose(forecast[:, -1], truth[:, -1], atol=1e-4)
+            assert np.isfinite(forecast).all()
+
     def test_a_file_of_another_version(self, farcli, folder):
         path = folder / "lfd2.safetensors"
         data = path.read_bytes()
         size = int.from_bytes(data[:8], "little")
-        header = re.sub(rb"(schema\W+)1\b", rb"\g<1>9", data[8 : 8 + size])
+        header = re.sub(rb"(schema\W+)2\b", rb"\g<1>9", data[8 : 8 + size])
         assert header != data[8 : 8 + size]
         path.write_bytes(data[:8] + header + data[8 + size :])
         refused(farcli, folder, FORECAST, 3, "lfd2.safetensors: has schema 9", "Upgrade farcli")
@@ -463,6 +516,36 @@ def test_a_stopped_recording_resumes_bit_equal(farcli, tmp_path, number):
     assert farcli(*[w if w != "run.zarr" else "whole.zarr" for w in words], cwd=tmp_path).code == 0
     stopped, whole = (zarr.open_array(tmp_path / name / "weights", mode="r")[:] for name in ("run.zarr", "whole.zarr"))
     np.testing.assert_array_equal(stopped, whole)
+
+
+def test_a_stopped_fit_goes_on_bit_equal(farcli, folder):
+    words = ["fit", "gfm", "linreg.zarr", "-o", "cut.safetensors", "--set", "epochs=250", "--set", "batch=2"]
+    for seconds in (3, 6, 12):  # as long as it may take to import torch and begin
+        process = subprocess.Popen(
+            [PROGRAM, *words], cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        time.sleep(seconds)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        if process.returncode == 75:
+            break
+    assert process.returncode == 75, err
+    assert out == ""
+    assert re.search(r"gfm: stopped after epoch \d+, loss .*\.cut\.safetensors\.fitting", err)
+    assert "--resume" in err
+    assert not (folder / "cut.safetensors").exists()
+    assert farcli(*words, "--resume", cwd=folder).code == 0
+    assert not list(folder.glob(".*.fitting"))
+    assert farcli(*[w if w != "cut.safetensors" else "whole.safetensors" for w in words], cwd=folder).code == 0
+    cut, whole = (load_file(folder / f"{name}.safetensors") for name in ("cut", "whole"))
+    assert cut.keys() == whole.keys()
+    assert all(torch.equal(cut[name], whole[name]) for name in cut)
+
+
+def test_outputs_can_be_read_as_the_umask_allows(farcli, folder):
+    assert farcli(*FIT, "-q", cwd=folder).code == 0
+    (folder / "plain").touch()
+    assert (folder / "new.safetensors").stat().st_mode == (folder / "plain").stat().st_mode
 
 
 def test_a_killed_forecast_leaves_nothing(farcli, folder):

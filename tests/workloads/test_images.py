@@ -65,7 +65,7 @@ def test_leaps_are_verified_on_what_training_leaves_out():
     whole = workload_from("nas-cnn", {"data": "digits", "batch": "32"})
     with pytest.raises(UsageError, match="train=1297 leaves no images") as caught:
         whole.verification(SEED, 0, 1)
-    assert caught.value.hint == "Train on fewer: --set train=1037."
+    assert caught.value.hint == "Record with fewer to train on: --set train=1037."
 
 
 @pytest.mark.parametrize(("name", "left"), [("image-mlp", {"train": "997"}), ("digits-cnn", {"held_back": "300"})])
