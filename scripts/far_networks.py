@@ -197,22 +197,34 @@ def main() -> None:
 
 
 def draw(lines: Rows, path: Path) -> None:
+    """A panel for each network and start."""
+    places = list(dict.fromkeys((line["network"], line["start"]) for line in lines))
     with saved_figure(path, True) as axes:
-        for place, name in enumerate(dict.fromkeys(line["network"] for line in lines)):
-            first = [line for line in lines if line["network"] == name]
-            first = [line for line in first if line["start"] == first[0]["start"]]
-            for key, style in (("ratio", "o-"), ("yardstick_ratio", "x--"), ("true_ratio", ":")):
-                label = name if key == "ratio" else None
-                axes.plot([line["ahead_epochs"] for line in first], [line[key] for line in first], style,
-                          color=f"C{place}", label=label)  # fmt: skip
-        axes.axhline(1, color="#8c8c8c", lw=0.8)
-        axes.axhline(LOSS, color="#8c8c8c", ls=":", lw=0.8)
-        axes.set(xlabel="epochs ahead, from 8 snapshots", ylabel="held-out loss over that of w_n", xscale="log")
-        axes.plot([], [], "k-", label="far, verified")
-        axes.plot([], [], "kx--", label="best yardstick, verified")
-        axes.plot([], [], "k:", label="true future")
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8, loc="lower center", ncols=3)
+        figure = axes.figure
+        axes.remove()
+        figure.set_size_inches(11, 2.3 * -(-len(places) // 4) + 0.5)
+        panels = figure.subplots(-(-len(places) // 4), 4, squeeze=False, sharey=True).flatten()
+        for panel, place in zip(panels, places, strict=False):
+            own = [line for line in lines if (line["network"], line["start"]) == place]
+            ahead = [line["ahead_epochs"] for line in own]
+            for key, style, label in (
+                ("ratio", "C0o-", "far, verified"),
+                ("yardstick_ratio", "C1x--", "best yardstick, verified"),
+                ("true_ratio", "k:", "true future"),
+            ):
+                panel.plot(ahead, [line[key] for line in own], style, label=label, ms=4)
+            panel.axhline(1, color="#8c8c8c", lw=0.8)
+            panel.axhline(LOSS, color="C2", lw=0.8, label="goal")
+            panel.set(xscale="log", title=f"{place[0]}, epoch {own[0]['from'] * ahead[0] / own[0]['ahead']:g}")
+            panel.title.set_fontsize(9)
+            panel.set_xticks(ahead, [f"{epochs:g}" for epochs in ahead])
+            panel.minorticks_off()
+            panel.tick_params(labelsize=7)
+        for panel in panels[len(places) :]:
+            panel.remove()
+        panels[0].set_ylim(0, 1.05)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+        figure.suptitle("held-out loss over that of w_n, against epochs ahead", fontsize=10)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import torch
 from farcli import evaluate, fit, record
 from farcli.layout import layout_of
 from farcli.store import Trajectory, TrajectoryWriter
-from farcli.verbs.plot import plot
+from farcli.verbs.plot import saved_figure
 
 CONTEXT = 5
 Rows = list[dict[str, Any]]
@@ -175,16 +175,71 @@ def table(rows: Rows, title: str, command: str, columns: Sequence[str], notes: S
     return "\n".join([*lines, *notes, ""])
 
 
-def finish(name: str, rows: Rows, text: str, arguments: argparse.Namespace, *, drawn: str, quantity: str) -> None:
-    """Write the rows, the table and a picture of one case."""
+def finish(name: str, rows: Rows, text: str, arguments: argparse.Namespace, *, quantity: str) -> None:
+    """Write the rows, the table and a picture."""
     with open(arguments.out / f"{name}.ndjson", "w", encoding="utf-8") as file:
         for row in rows:
             clean = {k: (None if isinstance(v, float) and not np.isfinite(v) else v) for k, v in row.items()}
             file.write(json.dumps(clean) + "\n")
     (arguments.out / f"{name}.md").write_text(text, encoding="utf-8")
-    picture = [row for row in pooled(rows) if row["case"] == drawn]
-    plot(picture, arguments.out / f"{name}.png", quantity=quantity, replace=True)
+    draw(pooled(rows), arguments.out / f"{name}.png", quantity)
     print(text)
+
+
+TITLES = {
+    "skill": "skill of weights: 1 is exact, 0 is w_n; cut off below −1",
+    "equivalent_steps": "worth in training steps, before paying for verification",
+    "loss": "held-out loss",
+    "mse": "mean squared error of weights",
+}
+
+
+def draw(rows: Rows, path: Path, quantity: str) -> None:
+    """A panel for each case: what was fitted, w_n, the best yardstick at each step, the true future, chance."""
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    fitted = list(dict.fromkeys(row["method"] for row in rows if row["role"] == "forecast"))
+    best = min if quantity in ("loss", "mse") else max
+    with saved_figure(path, True) as axes:
+        figure, across = axes.figure, min(3, len(names))
+        axes.remove()
+        down = -(-len(names) // across)
+        figure.set_size_inches(max(4.0 * across, 6.4), max(3.0 * down + 0.6, 4.2))
+        panels = figure.subplots(down, across, squeeze=False).flatten()
+        for panel, name in zip(panels, names, strict=False):
+            members = [row for row in rows if row["case"] == name and row.get(quantity) is not None]
+            aheads = sorted({row["ahead"] for row in members})
+            for place, method in enumerate(fitted):
+                line = {row["ahead"]: row[quantity] for row in members if row["method"] == method}
+                panel.plot(line.keys(), line.values(), "o-", color=f"C{place}", label=method,
+                           ms=4 + 2 * (len(fitted) - place), mfc="none")  # fmt: skip
+            beside = {
+                "best yardstick at each step": [row for row in members if row["role"] == "yardstick"],
+                "w_n": [row for row in members if row["method"] == "persistence"],
+                "true future": [row for row in members if row["role"] == "truth"],
+                "chance": [row for row in members if row["role"] == "chance"],
+            }
+            for (label, found), style in zip(beside.items(), ("k--", "k:", "k-", "r:"), strict=True):
+                line = {ahead: best([row[quantity] for row in found if row["ahead"] == ahead], default=None)
+                        for ahead in aheads}  # fmt: skip
+                if any(value is not None for value in line.values()):
+                    values = [np.nan if value is None else value for value in line.values()]
+                    panel.plot(aheads, values, style, lw=1, label=label)
+            panel.set(title=name, xscale="log", xlabel="steps ahead")
+            panel.title.set_fontsize(9)
+            panel.set_xticks(aheads, [f"{ahead:g}" for ahead in aheads])
+            panel.minorticks_off()
+            if quantity in ("loss", "mse"):
+                panel.set_yscale("log")
+            elif quantity == "skill":
+                panel.set_ylim(-1, 1.08)
+            else:
+                panel.set_yscale("symlog", linthresh=10)
+        for panel in panels[len(names) :]:
+            panel.remove()
+        handles = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(),
+                                                                                strict=True)}  # fmt: skip
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+        figure.suptitle(TITLES[quantity], fontsize=10)
 
 
 # ------------------------------------------------------------------------------------------------- experiments
@@ -206,7 +261,7 @@ def syn1(arguments: argparse.Namespace) -> None:
     notes = ["Each run has a task of its own, so that no one map is exact; where all runs obey one recurrence, it is",
              "(`make lfd-break`, first case). `linear` is LFD-2 with A = [−j/n, 1 + j/n], b = 0."]  # fmt: skip
     text = table(pooled(rows), "Syn-1: linear regression by SGD", "make lfd-syn1", ("mse", "loss"), notes)
-    finish("lfd-syn1", rows, text, arguments, drawn=cases[0].name, quantity="loss")
+    finish("lfd-syn1", rows, text, arguments, quantity="loss")
 
 
 def ablation(arguments: argparse.Namespace) -> None:
@@ -229,7 +284,7 @@ def ablation(arguments: argparse.Namespace) -> None:
     ]
     rows = weighed(case, methods, arguments)
     text = table(pooled(rows), "The gradient-decay loss", "make lfd-ablation", ("mse", "loss"), [])
-    finish("lfd-ablation", rows, text, arguments, drawn=case.name, quantity="loss")
+    finish("lfd-ablation", rows, text, arguments, quantity="mse")
 
 
 def cnn(arguments: argparse.Namespace) -> None:
@@ -250,7 +305,7 @@ def cnn(arguments: argparse.Namespace) -> None:
     rows = weighed(case, methods, arguments)
     columns = ("skill", "loss", "equivalent_steps")
     text = table(pooled(rows), "A small CNN on handwritten digits", "make lfd-cnn", columns, [])
-    finish("lfd-cnn", rows, text, arguments, drawn=case.name, quantity="loss")
+    finish("lfd-cnn", rows, text, arguments, quantity="loss")
 
 
 def recurrence(seed: int) -> np.ndarray:
@@ -301,13 +356,15 @@ def breaking(arguments: argparse.Namespace) -> None:
     ]
     rows = [row for case in [*made, *trained] for row in weighed(case, [LFD2], arguments)]
     columns = ("skill", "equivalent_steps")
-    text = table(pooled(rows), "Where a linear map of two snapshots breaks", "make lfd-break", columns, [])
-    finish("lfd-break", rows, text, arguments, drawn="digits-cnn, adam, cyclical rate", quantity="loss")
+    notes = ["·: after a whole period w_n itself is exact, and skill is not defined."]
+    text = table(pooled(rows), "Where a linear map of two snapshots breaks", "make lfd-break", columns, notes)
+    finish("lfd-break", rows, text, arguments, quantity="skill")
 
 
 def horizon(arguments: argparse.Namespace) -> None:
     far = Asked(label="far", method="far")
     runs = 24 if arguments.full else 12
+    digits = {"data": "digits", "train": "997", "own_split": "true", "batch": "64"}
     cases = [
         Case(name="linreg, adam", workload="linreg", options={"optimizer": "adam"}, steps=300, every=5, runs=30,
              start=20, targets=(25, 30, 40, 60, 100, 180, 300)),
@@ -317,14 +374,28 @@ def horizon(arguments: argparse.Namespace) -> None:
              start=80, targets=(100, 120, 160, 240, 360, 600)),
         Case(name="nas-cnn on digits, sgd", workload="nas-cnn", options={"data": "digits"}, steps=400, every=10,
              runs=runs, start=40, targets=(50, 60, 80, 120, 200, 400)),
+        Case(name="image-mlp on digits, adam", workload="image-mlp", options={"train": "997", "own_split": "true"},
+             steps=450, every=15, runs=runs, start=60, targets=(75, 90, 120, 180, 300, 450)),
+        Case(name="image-cnn on digits, sgd", workload="image-cnn", options={**digits, "optimizer": "sgd", "lr": "0.2"},
+             steps=450, every=15, runs=runs, start=60, targets=(75, 90, 120, 180, 300, 450)),
+        Case(name="vit on digits, adam", workload="vit",
+             options={**digits, "optimizer": "adam", "lr": "0.003", "patch": "4", "hidden": "32", "depth": "1"},
+             steps=450, every=15, runs=runs, start=60, targets=(75, 90, 120, 180, 300, 450)),
     ]  # fmt: skip
+    if arguments.full:
+        cases += [
+            Case(name="gpt2, adamw", workload="gpt2", steps=600, every=20, runs=runs, start=80,
+                 targets=(100, 120, 160, 240, 360, 600)),
+            Case(name="distilbert, adamw", workload="distilbert", options={"held_back": "8928", "sentences": "250"},
+                 steps=160, every=5, runs=runs, start=20, targets=(25, 30, 40, 80, 160)),
+        ]  # fmt: skip
     rows = [row for case in cases for row in weighed(case, [LFD2, far], arguments)]
     notes = ["Worth: training steps that bring the same held-out loss, against keeping w_n (median over runs); net",
              "takes off one held-out evaluation. A horizon is useful where net is above 0. Where `far` judges",
              "by training loss it makes one leap, the same for every step, or keeps w_n."]  # fmt: skip
     columns = ("equivalent_steps", "net_steps", "loss")
     text = table(pooled(rows), "How far ahead is useful", "make horizon", columns, notes)
-    finish("horizon", rows, text, arguments, drawn="digits-cnn, adam", quantity="loss")
+    finish("horizon", rows, text, arguments, quantity="equivalent_steps")
 
 
 def distilbert(arguments: argparse.Namespace) -> None:
@@ -344,7 +415,7 @@ def distilbert(arguments: argparse.Namespace) -> None:
              "same pretrained weights; --memory 512M. `mean` starts warm from a sibling: no forecast."]  # fmt: skip
     columns = ("skill", "loss", "equivalent_steps")
     text = table(pooled(rows), "A real fine-tuning, streamed", "make lfd-distilbert", columns, notes)
-    finish("lfd-distilbert", rows, text, arguments, drawn=rows[0]["case"], quantity="loss")
+    finish("lfd-distilbert", rows, text, arguments, quantity="loss")
 
 
 EXPERIMENTS = {
