@@ -66,6 +66,27 @@ demo: $(DEMO)/forecast.png  ## Record, fit, forecast and weigh a real network; p
 	@$(FARCLI) eval $(DEMO)/forecast.zarr $(DIGITS) --format table
 	@echo "picture: $(CURDIR)/$(DEMO)/forecast.png"
 
+# ---------------------------------------------------------------------- sweeps
+
+# make sweep METHOD=gfm STORE=runs/a.zarr TRAIN_RUNS=0:8 JUDGE_RUNS=8:12 SETS="lr=1e-3 lr=1e-4 lr=1e-4,beta=1"
+# fits each setting once (a comma joins the options of one) and weighs all in one table; report on runs after these.
+METHOD ?= gfm
+STORE ?= $(DIGITS)
+SETS ?= lr=1e-3 lr=1e-4
+TRAIN_RUNS ?= 0:8
+JUDGE_RUNS ?= 8:12
+FIT_ARGS ?=
+SWEEP ?= runs/sweep
+comma := ,
+SWEPT = $(SETS:%=$(SWEEP)/$(METHOD)-%.safetensors)
+
+$(SWEPT): $(SWEEP)/$(METHOD)-%.safetensors: $(STORE)/zarr.json
+	$(FARCLI) fit $(METHOD) $(STORE) -o $@ --train-runs $(TRAIN_RUNS) $(FIT_ARGS) $(patsubst %,--set %,$(subst $(comma), ,$*)) --resume
+
+.PHONY: sweep
+sweep: $(SWEPT)  ## Fit a list of settings and weigh them: METHOD, STORE, SETS="lr=1e-3 lr=1e-4,beta=1"
+	@$(FARCLI) eval $(SWEPT) $(STORE) --runs $(JUDGE_RUNS)
+
 # ---------------------------------------------------------------- publications
 
 # `make gfm-table1 FULL=--full` adds the paper's trained baselines; `SEEDS=2 EPOCHS=100` make a first look short.

@@ -327,7 +327,9 @@ class Far(SolvedForecaster):
         config = self._config
         require_runs("far", problem.runs)
         if config.method == "lfd2":
-            return self
+            asked = type(self)(config)
+            asked._reason = "asked for"
+            return asked
         against, rule = "", None
         if problem.coordinates > _LARGEST:
             against = f"D = {problem.coordinates} parameters are more than {_LARGEST}"
@@ -532,7 +534,7 @@ class Far(SolvedForecaster):
         return self._physics is None and len(self._lfd2) == 1 and self._lfd2[0].unsettled
 
     def notes(self) -> dict[str, str | float | list[float]]:
-        """Which method and why; the steps at which w_n is kept or leaps are made; LFD-2's share."""
+        """Which method and why; the steps at which w_n is kept, and why, or leaps are made; LFD-2's share."""
         problem, choice_H = require_fitted("far", self._problem), require_fitted("far", self._choice_H)
 
         def at(choice: int) -> list[float]:
@@ -544,6 +546,12 @@ class Far(SolvedForecaster):
             "because": self._reason,
             "keeps_w_n_at": at(_KEEP),
         }
+        if found["keeps_w_n_at"]:
+            found["kept_because"] = (
+                "nothing lowers the loss of runs left out surely enough"
+                if self._config.method == "loss"
+                else "LFD-2's squared error on runs left out is not below that of w_n"
+            )
         if self._leap is not None:
             found["leaps_at"] = at(_LEAP)
         if self._physics is not None:

@@ -427,7 +427,8 @@ class LossLfd(SolvedForecaster):
                 lost.backward()  # one by one: only one run's passes are held
                 total += lost.detach()
             if not bool(total.isfinite()):
-                self._diverged = f"the loss is {float(total)} at update {update + 1}; the last finite loss was {last:.4g}"
+                found = f"the loss is {float(total)} at update {update + 1}"
+                self._diverged = f"{found}; the last finite loss was {last:.4g}"
                 break  # what was best so far stands
             best, last = theta_SJ.detach().clone(), float(total)
             assert theta_SJ.grad is not None

@@ -254,6 +254,7 @@ def test_far_keeps_w_n_where_its_own_runs_advise_it() -> None:
     weights_RTD[:, 30] += torch.tensor([1.0, -1.0] * 5, dtype=torch.float64)[:, None] * 0.5
     fitted = far_on(weights_RTD, None)
     assert 30.0 in fitted.notes()["keeps_w_n_at"]  # pyright: ignore[reportOperatorIssue]
+    assert "squared error" in str(fitted.notes()["kept_because"])
     prefix, _ = block_of(weights_RTD)
     assert torch.equal(fitted.forecast(prefix, (30,))[:, 0], weights_RTD[:, 4])
 

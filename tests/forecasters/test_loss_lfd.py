@@ -352,6 +352,7 @@ def test_far_keeps_w_n_where_better_weights_have_a_higher_loss() -> None:
     truth_RHD = torch.stack([rows_RCD[:, -1] + part * moved_RD for part in (0.5, 0.8)], dim=1)
     fitted = far_on(rows_RCD, truth_RHD, Distance(rows_RCD[:, -1]))
     assert fitted.notes()["keeps_w_n_at"] == [40.0, 50.0]
+    assert fitted.notes()["kept_because"] == "nothing lowers the loss of runs left out surely enough"
     assert torch.equal(fitted.forecast(prefix_of(rows_RCD), (50,))[:, 0], rows_RCD[:, -1])
     prefix = prefix_of(rows_RCD)
     half_BHD = fitted.half_width(prefix, STEPS_H)  # of w_n, though LFD-2 is exact
