@@ -136,15 +136,26 @@ def table2(arguments: argparse.Namespace) -> None:
         rows += [{"network": kind, "published": "", **row} for row in found]
         print(f"{kind}: done", flush=True)
     write("gfm-table2", rows, table2_text(rows, arguments, runs=runs, train=train, steps=steps), arguments.out)
-    with saved_figure(arguments.out / "gfm-table2.png", True) as axes:
-        for kind, marker in (("cnn", "o"), ("transformer", "^")):
-            members = [row for row in rows if row["network"] == kind and row["mse"] and row["loss"] is not None]
-            axes.plot([r["mse"] for r in members], [r["loss"] for r in members], marker, label=f"{kind}, ours")
-            figures = PUBLISHED[kind].values()
-            axes.plot([m for m, _ in figures], [f for _, f in figures], marker, mfc="none", label=f"{kind}, published")
-        axes.axhline(np.log(10), color="#8c8c8c", ls=":", label="chance")
-        axes.set(xscale="log", yscale="log", xlabel="mean squared error of the weights", ylabel="f_source")
-        axes.legend()
+    draw_table2(rows, arguments.out / "gfm-table2.png")
+
+
+def draw_table2(rows: Rows, path: Path) -> None:
+    """f_source of every method, a panel for each network; hollow marks for what was published."""
+    with saved_figure(path, True) as axes:
+        figure = axes.figure
+        axes.remove()
+        figure.set_size_inches(11, 5.4)
+        for panel, kind in zip(figure.subplots(1, 2), PUBLISHED, strict=True):
+            members = [row for row in rows if row["network"] == kind and row["loss"] is not None]
+            members = [row for row in members if row["role"] != "chance"]
+            panel.plot([row["loss"] for row in members], range(len(members)), "o", label="ours")
+            published = [PUBLISHED[kind].get(row["published"], (0, np.nan))[1] for row in members]
+            panel.plot(published, range(len(members)), "D", mfc="none", label="published")
+            panel.axvline(np.log(10), color="#8c8c8c", ls=":", label="chance")
+            panel.set(xscale="log", xlabel="f_source", title=kind, yticks=range(len(members)))
+            panel.set_yticklabels([row["method"] for row in members], fontsize=8)
+            panel.invert_yaxis()
+        figure.axes[0].legend(fontsize=8, loc="lower right")
 
 
 def table2_text(rows: Rows, arguments: argparse.Namespace, *, runs: int, train: int, steps: int) -> str:
@@ -203,14 +214,26 @@ def figure2(arguments: argparse.Namespace) -> None:
             error = mean(row["mse"] for row in members)
             lines.append(f"| {gfm_tables.HEADINGS[optimiser]} | {name} | {error:.4f} | {told[0]} | {told[1]} |")
     write("gfm-figure2", rows, "\n".join([*lines, ""]), arguments.out)
-    with saved_figure(arguments.out / "gfm-figure2.png", True) as axes:
-        shown = [row for row in rows if row["optimiser"] == optimisers[-1] and row["method"] != "w_n"]
-        true_RD = np.array([row["true"] for row in shown if row["method"] == "train mean"])
-        axes.plot(*true_RD.T, "k*", label="true $w_{199}$", ms=9)
-        for name, mark in (("GFM as printed", "o"), ("LFD-2 solved", "s"), ("train mean", "X")):
-            axes.plot(*np.array([r["forecast"] for r in shown if r["method"] == name]).T, mark, label=name, alpha=0.7)
-        axes.set(xlabel="weight", ylabel="bias", title=gfm_tables.HEADINGS[optimisers[-1]])
-        axes.legend()
+    draw_figure2(rows, arguments.out / "gfm-figure2.png")
+
+
+def draw_figure2(rows: Rows, path: Path) -> None:
+    """Weight and bias of every test run, a panel for each optimiser."""
+    optimisers = list(dict.fromkeys(row["optimiser"] for row in rows))
+    marks = {"GFM as printed": "o", "GFM corrected": "^", "LFD-2 solved": "s", "train mean": "X"}
+    with saved_figure(path, True) as axes:
+        figure = axes.figure
+        axes.remove()
+        figure.set_size_inches(5.5 * len(optimisers), 4.6)
+        for panel, optimiser in zip(figure.subplots(1, len(optimisers), squeeze=False)[0], optimisers, strict=True):
+            shown = [row for row in rows if row["optimiser"] == optimiser]
+            true_RD = np.array([row["true"] for row in shown if row["method"] == "train mean"])
+            panel.plot(*true_RD.T, "k*", label="true $w_{199}$", ms=9)
+            for name, mark in marks.items():
+                found_RD = np.array([row["forecast"] for row in shown if row["method"] == name])
+                panel.plot(*found_RD.T, mark, label=name, alpha=0.7)
+            panel.set(xlabel="weight", ylabel="bias", title=gfm_tables.HEADINGS[optimiser])
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
 
 
 def correlation(one_R: np.ndarray, other_R: np.ndarray) -> str:
@@ -264,19 +287,26 @@ def figure3(arguments: argparse.Namespace) -> None:
             rows.append({"rule": rule, "seed": seed, "method": "chance", "loss": measure.chance["loss"]})
             print(f"{rule}, seed {seed}: done", flush=True)
     write("gfm-figure3", rows, figure3_text(rows, arguments), arguments.out)
+    draw_figure3(rows, arguments.out / "gfm-figure3.png")
+
+
+def draw_figure3(rows: Rows, path: Path) -> None:
+    """Losses of all test networks, a box for each optimiser and method."""
     names = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "chance"))
-    with saved_figure(arguments.out / "gfm-figure3.png", True) as axes:
-        for place, rule in enumerate(rules):
+    with saved_figure(path, True) as axes:
+        for place, rule in enumerate(dict.fromkeys(row["rule"] for row in rows)):
             columns = [[r["loss"] for r in rows if (r["rule"], r["method"]) == (rule, name)] for name in names]
             positions = [place * (len(names) + 1) + i for i in range(len(names))]
-            drawn = axes.boxplot(columns, positions=positions, widths=0.7, patch_artist=True, showfliers=False)
+            drawn = axes.boxplot(columns, positions=positions, widths=0.7, patch_artist=True, showfliers=False,
+                                 medianprops={"color": "k"})  # fmt: skip
             for i, box in enumerate(drawn["boxes"]):
                 box.set_facecolor(f"C{i}")
                 box.set_label(names[i] if place == 0 else None)
-            axes.text(positions[0], 0.02, rule, transform=axes.get_xaxis_transform())
+            middle = positions[len(names) // 2]
+            axes.text(middle, -0.05, rule, transform=axes.get_xaxis_transform(), ha="center")
         axes.axhline(mean(r["loss"] for r in rows if r["method"] == "chance"), color="#8c8c8c", ls=":", label="chance")
         axes.set(ylabel="held-out loss", xticks=[])
-        axes.legend(ncols=2, fontsize=8)
+        axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=8)
 
 
 def mlps(folder: Path, rule: str, hidden: str, runs: int, seed: int, last: int) -> Path:
