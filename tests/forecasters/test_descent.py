@@ -234,7 +234,7 @@ def test_divergence_keeps_the_best_state(data: Data) -> None:
     ) as caught:
         descend(forecaster, data.problem(), data.passes())
     assert caught.value.exit_code == 4
-    assert caught.value.hint == "Lower the learning rate: --set lr=1e+14."
+    assert caught.value.hint == "Lower the learning rate: --set lr=0.0001."
     assert caught.value.best is not None
     # Nothing after the first update is better than the untrained network.
     untrained = descend(create("gfm", lr=1e-30, batch=5, epochs=1), data.problem(), data.passes())  # type: ignore[type-var]
