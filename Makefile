@@ -125,7 +125,7 @@ leap-warm: $(VENV)/dev data/.fetched  ## What eight siblings cost that start whe
 leap-verify leap-moments: $(VENV)/dev data/.fetched  ## Leap+Verify: what it accepts, what that is worth, why momentum failed
 	$(BIN)/python scripts/$(subst -,_,$@).py $(FULL)
 
-far-d2: $(VENV)/demo  ## Weigh far on linear regressions, 20 seeds and the noise-free test bed, into scripts/results
+far-d2: $(VENV)/demo  ## Weigh far on linear regressions, 40 seeds and the noise-free test bed, into scripts/results
 	$(BIN)/python scripts/far_d2.py
 	$(BIN)/python scripts/far_d2.py --full-batch
 
