@@ -159,8 +159,9 @@ def main() -> None:
     with rows_file.open("a") as lines:
         for seed in seeds:
             for optimiser in optimisers:
-                missing = [method for method in METHODS if (method, optimiser, seed) not in known]
-                for method in missing:
+                for method in METHODS:
+                    if (method, optimiser, seed) in known:
+                        continue
                     store = recorded(arguments.runs, optimiser, seed, arguments.full_batch)
                     row = {"method": method, "optimiser": optimiser, "seed": seed}
                     row |= row_of(store, method, 1 if arguments.full_batch else 4)

@@ -25,7 +25,7 @@ from typing import Any
 
 from farcli import evaluate, fit, record
 from farcli.store import Trajectory
-from farcli.verbs.plot import saved_figure
+from farcli.verbs.plot import saved_panels
 
 Rows = list[dict[str, Any]]
 CONTEXT = 8
@@ -131,7 +131,7 @@ def judged(rows: Rows) -> Rows:
         epochs = {key: row[key] / row["epoch"] for key in worths}
         reached = ratio <= LOSS and row["not_worse"] >= NOT_WORSE and epochs["net_steps"] >= EPOCHS
         lines.append({
-            "network": row["network"], "start": row["start"], "from": row["step"] - row["ahead"],
+            "network": row["network"], "start": row["start"], "from_epoch": (row["step"] - row["ahead"]) / row["epoch"],
             "ahead": row["ahead"], "ahead_epochs": row["ahead"] / row["epoch"], "runs": row["runs"], "kept_loss": kept,
             "ratio": ratio, "not_worse": row["not_worse"], "better": row["better"], "verified": row["kept"],
             **{key.replace("steps", "epochs"): value for key, value in epochs.items()},
@@ -155,9 +155,8 @@ def markdown(lines: Rows) -> str:
     ]
     marks = {None: "·", True: "reached", False: "not reached"}
     for line in lines:
-        scale = line["ahead"] / line["ahead_epochs"]
         text.append(
-            f"| {line['network']}, {line['runs']} | {line['from'] / scale:g} | {line['ahead_epochs']:g} "
+            f"| {line['network']}, {line['runs']} | {line['from_epoch']:g} | {line['ahead_epochs']:g} "
             f"| {line['ratio']:.2f} | {line['not_worse']:.0%} | {line['verified']:.0%} "
             f"| {line['equivalent_epochs']:+.1f} [{line['equivalent_epochs_low']:+.1f}, "
             f"{line['equivalent_epochs_high']:+.1f}] | {line['net_epochs']:+.1f} "
@@ -199,12 +198,9 @@ def main() -> None:
 def draw(lines: Rows, path: Path) -> None:
     """A panel for each network and start."""
     places = list(dict.fromkeys((line["network"], line["start"]) for line in lines))
-    with saved_figure(path, True) as axes:
-        figure = axes.figure
-        axes.remove()
-        figure.set_size_inches(11, 2.3 * -(-len(places) // 4) + 0.5)
-        panels = figure.subplots(-(-len(places) // 4), 4, squeeze=False, sharey=True).flatten()
-        for panel, place in zip(panels, places, strict=False):
+    size = (11, 2.3 * -(-len(places) // 4) + 0.5)
+    with saved_panels(path, True, len(places), across=4, size=size, sharey=True) as panels:
+        for panel, place in zip(panels, places, strict=True):
             own = [line for line in lines if (line["network"], line["start"]) == place]
             ahead = [line["ahead_epochs"] for line in own]
             for key, style, label in (
@@ -215,14 +211,13 @@ def draw(lines: Rows, path: Path) -> None:
                 panel.plot(ahead, [line[key] for line in own], style, label=label, ms=4)
             panel.axhline(1, color="#8c8c8c", lw=0.8)
             panel.axhline(LOSS, color="C2", lw=0.8, label="goal")
-            panel.set(xscale="log", title=f"{place[0]}, epoch {own[0]['from'] * ahead[0] / own[0]['ahead']:g}")
+            panel.set(xscale="log", title=f"{place[0]}, epoch {own[0]['from_epoch']:g}")
             panel.title.set_fontsize(9)
             panel.set_xticks(ahead, [f"{epochs:g}" for epochs in ahead])
             panel.minorticks_off()
             panel.tick_params(labelsize=7)
-        for panel in panels[len(places) :]:
-            panel.remove()
         panels[0].set_ylim(0, 1.05)
+        figure = panels[0].figure
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
         figure.suptitle("held-out loss over that of w_n, against epochs ahead", fontsize=10)
 

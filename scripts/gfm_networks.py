@@ -26,7 +26,7 @@ import torch
 
 from farcli import Trajectory, evaluate, fit, forecast, record
 from farcli.evaluation import measure_of_workload
-from farcli.verbs.plot import saved_figure
+from farcli.verbs.plot import saved_figure, saved_panels
 
 Rows = list[dict[str, Any]]
 CONTEXT = 5
@@ -141,11 +141,8 @@ def table2(arguments: argparse.Namespace) -> None:
 
 def draw_table2(rows: Rows, path: Path) -> None:
     """f_source of every method, a panel for each network; hollow marks for what was published."""
-    with saved_figure(path, True) as axes:
-        figure = axes.figure
-        axes.remove()
-        figure.set_size_inches(11, 5.4)
-        for panel, kind in zip(figure.subplots(1, 2), PUBLISHED, strict=True):
+    with saved_panels(path, True, 2, across=2, size=(11, 5.4)) as panels:
+        for panel, kind in zip(panels, PUBLISHED, strict=True):
             members = [row for row in rows if row["network"] == kind and row["loss"] is not None]
             members = [row for row in members if row["role"] != "chance"]
             panel.plot([row["loss"] for row in members], range(len(members)), "o", label="ours")
@@ -155,7 +152,7 @@ def draw_table2(rows: Rows, path: Path) -> None:
             panel.set(xscale="log", xlabel="f_source", title=kind, yticks=range(len(members)))
             panel.set_yticklabels([row["method"] for row in members], fontsize=8)
             panel.invert_yaxis()
-        figure.axes[0].legend(fontsize=8, loc="lower right")
+        panels[0].legend(fontsize=8, loc="lower right")
 
 
 def table2_text(rows: Rows, arguments: argparse.Namespace, *, runs: int, train: int, steps: int) -> str:
@@ -221,11 +218,9 @@ def draw_figure2(rows: Rows, path: Path) -> None:
     """Weight and bias of every test run, a panel for each optimiser."""
     optimisers = list(dict.fromkeys(row["optimiser"] for row in rows))
     marks = {"GFM as printed": "o", "GFM corrected": "^", "LFD-2 solved": "s", "train mean": "X"}
-    with saved_figure(path, True) as axes:
-        figure = axes.figure
-        axes.remove()
-        figure.set_size_inches(5.5 * len(optimisers), 4.6)
-        for panel, optimiser in zip(figure.subplots(1, len(optimisers), squeeze=False)[0], optimisers, strict=True):
+    across = len(optimisers)
+    with saved_panels(path, True, across, across=across, size=(5.5 * across, 4.6)) as panels:
+        for panel, optimiser in zip(panels, optimisers, strict=True):
             shown = [row for row in rows if row["optimiser"] == optimiser]
             true_RD = np.array([row["true"] for row in shown if row["method"] == "train mean"])
             panel.plot(*true_RD.T, "k*", label="true $w_{199}$", ms=9)
@@ -233,7 +228,8 @@ def draw_figure2(rows: Rows, path: Path) -> None:
                 found_RD = np.array([row["forecast"] for row in shown if row["method"] == name])
                 panel.plot(*found_RD.T, mark, label=name, alpha=0.7)
             panel.set(xlabel="weight", ylabel="bias", title=gfm_tables.HEADINGS[optimiser])
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+        handles = panels[0].get_legend_handles_labels()
+        panels[0].figure.legend(*handles, loc="outside lower center", ncols=5, fontsize=8)
 
 
 def correlation(one_R: np.ndarray, other_R: np.ndarray) -> str:

@@ -264,7 +264,7 @@ def computed(
         number: of the table in the paper.
     """
     rows_file = arguments.out / f"{name}.ndjson"
-    rows = [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    rows = on_file(rows_file)
     known = {(row["method"], row["optimiser"], row["seed"], row["epochs"]) for row in rows}
     with rows_file.open("a") as lines:
         for seed in range(arguments.seeds):
@@ -284,6 +284,10 @@ def computed(
     wanted = [method[1] for _, methods in parts(OPTIMISERS[0]) for method in methods]
     chosen = [row for row in rows if row["epochs"] == arguments.epochs and row["seed"] < arguments.seeds]
     return sorted((row for row in chosen if row["method"] in wanted), key=lambda row: wanted.index(row["method"]))
+
+
+def on_file(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def written(arguments: argparse.Namespace, name: str, rows: Sequence[dict], text: str) -> None:
@@ -326,12 +330,10 @@ def table1(arguments: argparse.Namespace) -> None:
 
 def rows_of_far(arguments: argparse.Namespace) -> list[dict]:
     """`far` on the same data, where `make far-d2` has weighed it."""
-    file = arguments.out / "far-d2.ndjson"
-    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return [
         {"method": "far, ours (`make far-d2`)", "group": "", "optimiser": row["optimiser"], "seed": row["seed"]}
         | {"epochs": arguments.epochs, "mse": mean(row["errors"])}
-        for row in found
+        for row in on_file(arguments.out / "far-d2.ndjson")
         if row["method"] == "far" and row["seed"] < arguments.seeds and row["optimiser"] in arguments.optimisers
     ]
 

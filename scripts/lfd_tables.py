@@ -25,7 +25,7 @@ import torch
 from farcli import evaluate, fit, record
 from farcli.layout import layout_of
 from farcli.store import Trajectory, TrajectoryWriter
-from farcli.verbs.plot import saved_figure
+from farcli.verbs.plot import saved_panels
 
 CONTEXT = 5
 Rows = list[dict[str, Any]]
@@ -199,13 +199,11 @@ def draw(rows: Rows, path: Path, quantity: str) -> None:
     names = list(dict.fromkeys(row["case"] for row in rows))
     fitted = list(dict.fromkeys(row["method"] for row in rows if row["role"] == "forecast"))
     best = min if quantity in ("loss", "mse") else max
-    with saved_figure(path, True) as axes:
-        figure, across = axes.figure, min(3, len(names))
-        axes.remove()
-        down = -(-len(names) // across)
-        figure.set_size_inches(max(4.0 * across, 6.4), max(3.0 * down + 0.6, 4.2))
-        panels = figure.subplots(down, across, squeeze=False).flatten()
-        for panel, name in zip(panels, names, strict=False):
+    across = min(3, len(names))
+    size = (max(4.0 * across, 6.4), max(3.0 * -(-len(names) // across) + 0.6, 4.2))
+    with saved_panels(path, True, len(names), across=across, size=size) as panels:
+        figure = panels[0].figure
+        for panel, name in zip(panels, names, strict=True):
             members = [row for row in rows if row["case"] == name and row.get(quantity) is not None]
             aheads = sorted({row["ahead"] for row in members})
             for place, method in enumerate(fitted):
@@ -234,9 +232,7 @@ def draw(rows: Rows, path: Path, quantity: str) -> None:
                 panel.set_ylim(-1, 1.08)
             else:
                 panel.set_yscale("symlog", linthresh=10)
-        for panel in panels[len(names) :]:
-            panel.remove()
-        handles = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels(),
+        handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(),
                                                                                 strict=True)}  # fmt: skip
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
         figure.suptitle(TITLES[quantity], fontsize=10)
@@ -365,6 +361,7 @@ def horizon(arguments: argparse.Namespace) -> None:
     far = Asked(label="far", method="far")
     runs = 24 if arguments.full else 12
     digits = {"data": "digits", "train": "997", "own_split": "true", "batch": "64"}
+    shape = {"steps": 450, "every": 15, "runs": runs, "start": 60, "targets": (75, 90, 120, 180, 300, 450)}
     cases = [
         Case(name="linreg, adam", workload="linreg", options={"optimizer": "adam"}, steps=300, every=5, runs=30,
              start=20, targets=(25, 30, 40, 60, 100, 180, 300)),
@@ -374,13 +371,12 @@ def horizon(arguments: argparse.Namespace) -> None:
              start=80, targets=(100, 120, 160, 240, 360, 600)),
         Case(name="nas-cnn on digits, sgd", workload="nas-cnn", options={"data": "digits"}, steps=400, every=10,
              runs=runs, start=40, targets=(50, 60, 80, 120, 200, 400)),
-        Case(name="image-mlp on digits, adam", workload="image-mlp", options={"train": "997", "own_split": "true"},
-             steps=450, every=15, runs=runs, start=60, targets=(75, 90, 120, 180, 300, 450)),
+        Case(name="image-mlp on digits, adam", workload="image-mlp", options=digits, **shape),
         Case(name="image-cnn on digits, sgd", workload="image-cnn", options={**digits, "optimizer": "sgd", "lr": "0.2"},
-             steps=450, every=15, runs=runs, start=60, targets=(75, 90, 120, 180, 300, 450)),
+             **shape),
         Case(name="vit on digits, adam", workload="vit",
              options={**digits, "optimizer": "adam", "lr": "0.003", "patch": "4", "hidden": "32", "depth": "1"},
-             steps=450, every=15, runs=runs, start=60, targets=(75, 90, 120, 180, 300, 450)),
+             **shape),
     ]  # fmt: skip
     if arguments.full:
         cases += [

@@ -736,4 +736,4 @@ def _named() -> Iterator[None]:
     try:
         yield
     except FarcliError as error:
-        raise type(error)(str(error).replace("lfd2:", "far:", 1), error.hint) from error
+        raise type(error)(f"far: {str(error).removeprefix('lfd2: ')}", error.hint) from error

@@ -210,7 +210,7 @@ def fit(
     if "diverged" in found:
         raise NonFiniteError(
             f"{method}: the fit diverged: {found['diverged']}. What was best before is in {output}.",
-            "Lower the learning rate: --set lr=0.05.",
+            f"Lower the learning rate: --set lr={type(forecaster.config)().lr:g}.",
         )
     return row | {"seconds": seconds} | found
 

@@ -48,7 +48,16 @@ def plot(rows: Sequence[Mapping[str, Any]], output: Path, *, quantity: str = "lo
 
 @contextmanager
 def saved_figure(output: Path, replace: bool) -> Iterator[Any]:
-    """Axes to draw on; the figure is saved at the end, if nothing went wrong.
+    """Axes to draw on, see `saved_panels`."""
+    with saved_panels(output, replace, 1, across=1, size=(8.0, 4.6)) as (axes,):
+        yield axes
+
+
+@contextmanager
+def saved_panels(
+    output: Path, replace: bool, count: int, *, across: int, size: tuple[float, float], sharey: bool = False
+) -> Iterator[list[Any]]:
+    """Axes to draw on, so many in a row; the figure is saved at the end, if nothing went wrong.
 
     Raises:
         UsageError: matplotlib is missing, the file exists, or its format is unknown.
@@ -64,9 +73,13 @@ def saved_figure(output: Path, replace: bool) -> Iterator[Any]:
     from matplotlib import pyplot
 
     with pyplot.rc_context(_LOOK):
-        figure, axes = pyplot.subplots(figsize=(8.0, 4.6), layout="constrained")
+        down = -(-count // across)
+        figure, axes = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False, sharey=sharey)
+        panels = list(axes.flat)
+        for spare in panels[count:]:
+            spare.remove()
         try:
-            yield axes
+            yield panels[:count]
             with staged_file(output, replace) as temporary:
                 figure.savefig(temporary, dpi=160)
         finally:

@@ -95,15 +95,13 @@ class DigitsCnn(Workload):
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Pairs (images, labels); what is left of an epoch after the last whole batch is dropped."""
         (seed,) = seeds
-        _, (images, labels) = self._parts(seed)
-        for chosen in shuffled(seed, len(labels), self._config.batch, start):
-            yield images[chosen], labels[chosen]
+        (images, labels), (_, mine) = self._rest, self._parts(seed)
+        for chosen in shuffled(seed, len(mine), self._config.batch, start):
+            yield images[mine[chosen]], labels[mine[chosen]]
 
-    def _parts(self, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Images and labels that a run holds back, and those it is trained on."""
-        images, labels = self._rest
-        back, mine = divided(seed, len(labels), self._config.held_back, self._config.own_split)
-        return (images[back], labels[back]), (images[mine], labels[mine])
+    def _parts(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Of the images that are not held out: numbers of those a run holds back, and of those it is trained on."""
+        return divided(seed, len(self._rest[1]), self._config.held_back, self._config.own_split)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""
@@ -120,18 +118,19 @@ class DigitsCnn(Workload):
 
     def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
         """Pairs (images, labels) of those held back."""
-        (images, labels), _ = self._parts(seed)
-        if not len(labels):
+        (images, labels), (back, _) = self._rest, self._parts(seed)
+        if not len(back):
             raise UsageError(
                 "digits-cnn: no images are left to verify on.",
                 "Record with some kept out of training: --set held_back=300.",
             )
-        parts = fresh(seed, draw, batches, len(labels), self._config.batch)
-        return [(images[chosen], labels[chosen]) for chosen in parts]
+        parts = fresh(seed, draw, batches, len(back), self._config.batch)
+        return [(images[back[chosen]], labels[back[chosen]]) for chosen in parts]
 
     def calibration(self, seed: int) -> Iterator[Batch]:
         """All training images in one batch: the statistics are then exact."""
-        yield self._parts(seed)[1]
+        (images, labels), (_, mine) = self._rest, self._parts(seed)
+        yield images[mine], labels[mine]
 
     def calibration_cost(self) -> float:
         """A forward pass over the training images."""

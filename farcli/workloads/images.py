@@ -109,15 +109,13 @@ class ImageWorkload(Workload):
         """Load the images, and fill in the options that depend on them."""
         data, images = load_images(config.data)
         self._title = images.title
-        self._own = config.own_split
         self._held_out = _subset(images.held_out, config.held_out)
-        if self._own:
+        if config.own_split:
             self._train = _subset(_once(images.train, but=self._held_out), len(images.train[1]))
             self._whole = tuple(part.numpy() for part in self._train)
         else:
             self._train, self._whole = _subset(images.train, config.train), images.train
         train, held_out = min(config.train, len(self._train[1])), len(self._held_out[1])
-        self._count = train
         if config.batch > train:
             raise UsageError(f"{self.name}: batch={config.batch}, but there are {train} images to train on.")
         digest = sha256(b"".join(part.numpy().tobytes() for part in (*self._train, *self._held_out))).hexdigest()[:16]
@@ -152,12 +150,12 @@ class ImageWorkload(Workload):
         """Pairs (images, labels); what is left of an epoch after the last whole batch is dropped."""
         (seed,) = seeds
         mine, _ = self._parts(seed)
-        for chosen in shuffled(seed, self._count, self._options.batch, start):
+        for chosen in shuffled(seed, len(mine), self._options.batch, start):
             yield self._batch(self._train, mine[chosen])
 
     def _parts(self, seed: int) -> tuple[Tensor, Tensor]:
         """Of the images that may be trained on: numbers of those a run is trained on, and of its others, if any."""
-        return divided(seed, len(self._train[1]), self._count, self._own)
+        return divided(seed, len(self._train[1]), self._options.train, self._options.own_split)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""
@@ -177,11 +175,12 @@ class ImageWorkload(Workload):
 
     def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
         """Pairs (images, labels) of what the option `train` leaves out of the training part."""
-        left, (images, labels) = self._parts(seed)[1].numpy() if self._own else self._left_out, self._whole
+        images, labels = self._whole
+        left = self._parts(seed)[1].numpy() if self._options.own_split else self._left_out
         if not len(left):
             raise UsageError(
-                f"{self.name}: train={self._count} leaves no images to verify on.",
-                f"Record with fewer to train on: --set train={self._count * 4 // 5}.",
+                f"{self.name}: train={self._options.train} leaves no images to verify on.",
+                f"Record with fewer to train on: --set train={self._options.train * 4 // 5}.",
             )
         parts = [left[part.numpy()] for part in fresh(seed, draw, batches, len(left), self._options.batch)]
         return [
@@ -193,21 +192,21 @@ class ImageWorkload(Workload):
         """Numbers of the images of the training part that no run uses; nor are their pixels, elsewhere in the data."""
         images, labels = self._whole
         used = _pixels(self._train[0].numpy()) | _pixels(self._held_out[0].numpy())
-        rest = np.sort(np.random.default_rng(_SPLIT_SEED).permutation(len(labels))[self._count :])
+        rest = np.sort(np.random.default_rng(_SPLIT_SEED).permutation(len(labels))[self._options.train :])
         return rest[[_digest(images[number]) not in used for number in rest]]
 
     def calibration(self, seed: int) -> Iterator[Batch]:
         """At most 2,000 training images, in batches of 250."""
         number, size = _CALIBRATION
-        size = min(size, self._count)
         mine, _ = self._parts(seed)
-        for index in range(min(number, self._count // size)):
+        size = min(size, len(mine))
+        for index in range(min(number, len(mine) // size)):
             yield self._batch(self._train, mine[index * size : (index + 1) * size])
 
     def calibration_cost(self) -> float:
         """A forward pass over these images."""
         number, size = _CALIBRATION
-        return min(number * size, self._count) / self._options.batch / 3
+        return min(number * size, self._options.train) / self._options.batch / 3
 
     def chance(self) -> dict[str, float]:
         """Always answer with the class frequencies of the training images."""
