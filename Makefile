@@ -111,7 +111,7 @@ lfd-syn1 lfd-ablation lfd-cnn lfd-break: $(VENV)/demo  ## Experiments of LFD-2: 
 lfd-distilbert: $(VENV)/dev data/.fetched  ## LFD-2 on a real fine-tuning: recorded, streamed in 512 MB, weighed
 	$(BIN)/python scripts/lfd_tables.py distilbert $(FULL)
 
-horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification, for four workloads
+horizon: $(VENV)/demo  ## How far ahead a forecast is worth its verification: seven workloads, with FULL=--full GPT-2 and DistilBERT too
 	$(BIN)/python scripts/lfd_tables.py horizon $(FULL)
 
 # Need CIFAR-10 and Fashion-MNIST beside `make data`, see the README. Finished cells of the benchmark are kept.

@@ -81,6 +81,8 @@ class Cell:
 
 Method = Callable[[Cell], np.ndarray]
 """Forecasts of the test runs, [R, D]."""
+Parts = Sequence[tuple[Callable[[int], Cell], Sequence[tuple[str, str, Method]]]]
+"""Pairs of (data of a seed, methods as (group, name, method))."""
 
 
 def recorded(folder: Path, optimiser: str, seed: int, runs: int = RUNS, init: str = "normal") -> Path:
@@ -180,8 +182,8 @@ def lfd2_by_adam(cell: Cell) -> np.ndarray:
     return linear(test_RX).detach().double().numpy()
 
 
-def more_runs(folder: Path, optimiser: str, extra: int) -> Method:
-    """How far many more runs alone would go: ridge on all products of up to three prefix values."""
+def more_runs(folder: Path, optimiser: str, extra: int, init: str = "normal") -> Method:
+    """How far many more runs alone would go, a floor: ridge on all products of up to three prefix values."""
 
     def powers(weights_RCD: np.ndarray) -> np.ndarray:
         values_RX = weights_RCD.reshape(len(weights_RCD), -1)
@@ -193,7 +195,7 @@ def more_runs(folder: Path, optimiser: str, extra: int) -> Method:
         return columns_RX[:, np.unique(columns_RX[:64].round(9), axis=1, return_index=True)[1]]
 
     def forecast(cell: Cell) -> np.ndarray:
-        extra_RCD, extra_RD = read(recorded(folder, optimiser, 1000, extra), range(extra))
+        extra_RCD, extra_RD = read(recorded(folder, optimiser, 1000, extra, init), range(extra), cell.context)
         together_RX = powers(np.concatenate([cell.train_RCD, extra_RCD, cell.test_RCD]))
         ends_RD = np.concatenate([cell.train_RD, extra_RD])
         return ridge(together_RX[: len(ends_RD)], ends_RD, together_RX[len(ends_RD) :])
@@ -201,13 +203,13 @@ def more_runs(folder: Path, optimiser: str, extra: int) -> Method:
     return forecast
 
 
-def table1_methods(arguments: argparse.Namespace, optimiser: str) -> Iterator[tuple[str, str, Method]]:
+def table1_methods(arguments: argparse.Namespace, optimiser: str, *, full: bool) -> Iterator[tuple[str, str, Method]]:
     """(group, name, method), in the table's order."""
     gfm = {"epochs": arguments.epochs}
     yield "gfm", "GFM as printed (Algorithm 1)", fitted("gfm", path="w_0", **gfm)
     yield "gfm", "GFM as printed, path from w_n", fitted("gfm", path="w_n", **gfm)
     yield "gfm", "GFM corrected (units and path)", fitted("gfm", units="corrected", path="w_n", **gfm)
-    if arguments.full:
+    if full:
         yield (
             "gfm",
             "GFM corrected, Euler × 50",
@@ -230,7 +232,7 @@ def table1_methods(arguments: argparse.Namespace, optimiser: str) -> Iterator[tu
     yield "lfd2", "LFD-2 solved (dense, ridge by leave-one-out)", lfd2_ridge
     yield "lfd2", "LFD-2 solved (shared map)", fitted("lfd2")
     yield from yardsticks()
-    if arguments.full:
+    if full:
         yield "", f"cubic ridge, {arguments.extra} more runs", more_runs(arguments.runs, optimiser, arguments.extra)
 
 
@@ -252,15 +254,15 @@ def readings(group: str, mark: str, epochs: int) -> Iterator[tuple[str, str, Met
 def computed(
     arguments: argparse.Namespace,
     name: str,
-    parts: Callable[[str], Sequence[tuple[Callable[[int], Cell], Sequence[tuple[str, str, Method]]]]],
+    parts: Callable[[str, bool], Parts],
     number: int,
 ) -> list[dict]:
-    """Rows of a table: those on file, and the missing ones, appended as they come.
+    """Rows of a table: those on file, the full table's too, and the missing ones, appended as they come.
 
     Args:
         arguments: of the command.
         name: of the file.
-        parts: for an optimiser, pairs of (data of a seed, methods as (group, name, method)).
+        parts: for an optimiser, and whether all methods are meant or the small table's, what is computed.
         number: of the table in the paper.
     """
     rows_file = arguments.out / f"{name}.ndjson"
@@ -269,7 +271,7 @@ def computed(
     with rows_file.open("a") as lines:
         for seed in range(arguments.seeds):
             for optimiser in arguments.optimisers:
-                for data, methods in parts(optimiser):
+                for data, methods in parts(optimiser, arguments.full):
                     missing = [item for item in methods if (item[1], optimiser, seed, arguments.epochs) not in known]
                     cell = data(seed) if missing else None
                     for group, method_name, method in missing:
@@ -281,7 +283,7 @@ def computed(
                         rows.append(row | {"seconds": time.perf_counter() - began})
                         print(json.dumps(rows[-1]), file=lines, flush=True)
                 print(f"seed {seed}, {optimiser}: done", file=sys.stderr, flush=True)
-    wanted = [method[1] for _, methods in parts(OPTIMISERS[0]) for method in methods]
+    wanted = [method[1] for _, methods in parts(OPTIMISERS[0], True) for method in methods]
     chosen = [row for row in rows if row["epochs"] == arguments.epochs and row["seed"] < arguments.seeds]
     return sorted((row for row in chosen if row["method"] in wanted), key=lambda row: wanted.index(row["method"]))
 
@@ -317,12 +319,11 @@ def written(arguments: argparse.Namespace, name: str, rows: Sequence[dict], text
 
 
 def table1(arguments: argparse.Namespace) -> None:
-    rows = computed(
-        arguments,
-        "gfm-table1",
-        lambda o: [(lambda seed: cell_of(recorded(arguments.runs, o, seed)), list(table1_methods(arguments, o)))],
-        1,
-    )
+    def parts(optimiser: str, full: bool) -> Parts:
+        methods = list(table1_methods(arguments, optimiser, full=full))
+        return [(lambda seed: cell_of(recorded(arguments.runs, optimiser, seed)), methods)]
+
+    rows = computed(arguments, "gfm-table1", parts, 1)
     rows = [*rows, *rows_of_far(arguments)]
     body = [*body_of(rows, arguments), floor_line(), *ratio_lines(rows)]
     written(arguments, "gfm-table1", rows, page("Table 1", "w_199 from w_0 … w_4", body, arguments))
@@ -341,14 +342,19 @@ def rows_of_far(arguments: argparse.Namespace) -> list[dict]:
 def table3(arguments: argparse.Namespace) -> None:
     """With one input and one output, Xavier normal is N(0, 1) again: that part repeats Table 1's data."""
 
-    def parts(optimiser: str) -> list:
-        return [
-            (
-                lambda seed, init=init: cell_of(recorded(arguments.runs, optimiser, seed, init=init)),
-                list(readings(f"gfm, Xavier {kind}", f", Xavier {kind}", arguments.epochs)),
+    def parts(optimiser: str, full: bool) -> Parts:
+        found = []
+        for kind, init in (("normal", "normal"), ("uniform", "xavier_uniform")):
+            mark = f", Xavier {kind}"
+            methods = list(readings(f"gfm{mark}", mark, arguments.epochs))
+            methods.append(("", f"far, ours{mark}", fitted("far")))
+            if full:
+                floor = more_runs(arguments.runs, optimiser, arguments.extra, init)
+                methods.append(("", f"floor: cubic ridge, {arguments.extra} more runs{mark}", floor))
+            found.append(
+                (lambda seed, init=init: cell_of(recorded(arguments.runs, optimiser, seed, init=init)), methods)
             )
-            for kind, init in (("normal", "normal"), ("uniform", "xavier_uniform"))
-        ]
+        return found
 
     rows = computed(arguments, "gfm-table3", parts, 3)
     text = page("Table 3", "w_199, other first weights", body_of(rows, arguments), arguments)
@@ -356,17 +362,14 @@ def table3(arguments: argparse.Namespace) -> None:
 
 
 def table4(arguments: argparse.Namespace) -> None:
-    rows = computed(
-        arguments,
-        "gfm-table4",
-        lambda o: [
-            (
-                lambda seed: cell_of(recorded(arguments.runs, o, seed), context=1),
-                list(readings("gfm, n = 0", "", arguments.epochs)),
-            )
-        ],
-        4,
-    )
+    def parts(optimiser: str, full: bool) -> Parts:
+        methods = list(readings("gfm, n = 0", "", arguments.epochs))
+        if full:
+            floor = more_runs(arguments.runs, optimiser, arguments.extra)
+            methods.append(("", f"floor: cubic ridge, {arguments.extra} more runs", floor))
+        return [(lambda seed: cell_of(recorded(arguments.runs, optimiser, seed), context=1), methods)]
+
+    rows = computed(arguments, "gfm-table4", parts, 4)
     goal = ["", "Nothing about the task is visible in w_0: the honest goal is the train mean within 3 %."]
     body = [*body_of(rows, arguments), *goal]
     written(arguments, "gfm-table4", rows, page("Table 4", "w_199 from w_0 alone (n = 0)", body, arguments))
@@ -380,7 +383,7 @@ def sensitivity(arguments: argparse.Namespace) -> None:
         grid = [(beta, gamma, zeta) for beta in weights for gamma in weights for zeta in (0, 1, 10, 100)]
     grid = [weights for weights in dict.fromkeys([*grid, *BEST.values()]) if any(weights)]
 
-    def parts(optimiser: str) -> list:
+    def parts(optimiser: str, full: bool) -> Parts:
         methods = [
             (
                 "",

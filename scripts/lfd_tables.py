@@ -45,6 +45,9 @@ class Case:
         start: step of the last observed snapshot.
         targets: steps that are forecast.
         made: makes trajectories [runs, snapshots, D] of a seed, instead of a workload.
+        seeds: data seeds, where they are fewer than asked for: recordings of large networks take long.
+        memory: bytes that the data may take.
+        far: options of `far`, where it is weighed.
     """
 
     name: str
@@ -56,6 +59,9 @@ class Case:
     start: int
     targets: Sequence[int]
     made: Callable[[int], np.ndarray] | None = None
+    seeds: int | None = None
+    memory: int = 2_000_000_000
+    far: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def train(self) -> int:
@@ -105,7 +111,7 @@ def recorded(case: Case, folder: Path, seed: int) -> Path:
 def weighed(case: Case, methods: Sequence[Asked], arguments: argparse.Namespace) -> Rows:
     """Rows of `farcli eval` on the runs nobody was fitted on, over all data seeds."""
     rows: Rows = []
-    for seed in range(arguments.seeds):
+    for seed in range(min(arguments.seeds, case.seeds or arguments.seeds)):
         store = recorded(case, arguments.runs, seed)
         files = []
         for asked in methods:
@@ -119,11 +125,12 @@ def weighed(case: Case, methods: Sequence[Asked], arguments: argparse.Namespace)
                 targets=",".join(map(str, case.targets)),
                 train_runs=f"0:{case.train}",
                 options=dict(asked.options),
+                memory=case.memory,
                 device="cpu",
                 replace=True,
             )
             files.append(str(file))
-        found = evaluate(files, str(store), targets=",".join(map(str, case.targets)), device="cpu")
+        found = evaluate(files, str(store), targets=",".join(map(str, case.targets)), memory=case.memory, device="cpu")
         for step in case.targets:
             members = [row for row in found if row["step"] == step]
             named = [row for row in members if row["role"] == "forecast"]  # in the order they were named
@@ -358,7 +365,6 @@ def breaking(arguments: argparse.Namespace) -> None:
 
 
 def horizon(arguments: argparse.Namespace) -> None:
-    far = Asked(label="far", method="far")
     runs = 24 if arguments.full else 12
     digits = {"data": "digits", "train": "997", "own_split": "true", "batch": "64"}
     shape = {"steps": 450, "every": 15, "runs": runs, "start": 60, "targets": (75, 90, 120, 180, 300, 450)}
@@ -380,12 +386,19 @@ def horizon(arguments: argparse.Namespace) -> None:
     ]  # fmt: skip
     if arguments.full:
         cases += [
-            Case(name="gpt2, adamw", workload="gpt2", steps=600, every=20, runs=runs, start=80,
-                 targets=(100, 120, 160, 240, 360, 600)),
+            Case(name="gpt2, adamw", workload="gpt2", options={"layers": "2", "width": "64", "context": "64"},
+                 steps=600, every=20, runs=12, start=80, targets=(100, 120, 160, 240, 360, 600)),
             Case(name="distilbert, adamw", workload="distilbert", options={"held_back": "8928", "sentences": "250"},
-                 steps=160, every=5, runs=runs, start=20, targets=(25, 30, 40, 80, 160)),
+                 steps=80, every=5, runs=12, start=20, targets=(25, 30, 40, 60, 80), seeds=1, memory=14_000_000_000,
+                 far={"method": "loss", "updates": "50"}),
         ]  # fmt: skip
-    rows = [row for case in cases for row in weighed(case, [LFD2, far], arguments)]
+    cases = [case for case in cases if not arguments.cases or case.workload in arguments.cases]
+    file = arguments.out / "horizon.ndjson"
+    before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    anew = {case.name for case in cases}
+    rows = [row for row in before if row["case"] not in anew]
+    for case in cases:
+        rows += weighed(case, [LFD2, Asked(label="far", method="far", options=case.far)], arguments)
     notes = ["Worth: training steps that bring the same held-out loss, against keeping w_n (median over runs); net",
              "takes off one held-out evaluation. A horizon is useful where net is above 0. Where `far` judges",
              "by training loss it makes one leap, the same for every step, or keeps w_n."]  # fmt: skip
@@ -429,6 +442,7 @@ def main() -> None:
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, help="data seeds 0, 1, …; 2, or 5 with --full, when not said")
     parser.add_argument("--full", action="store_true", help="more runs and seeds")
+    parser.add_argument("--cases", nargs="+", metavar="WORKLOAD", help="only these of horizon; others stay as on file")
     parser.add_argument("--runs", type=Path, default=Path("runs/lfd"), help="where recordings are kept")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
