@@ -354,7 +354,10 @@ class NativeArray:
             for (a, (to_run, from_run)), (b, (to_step, from_step)), c in some:
                 low, high = max(start, c * width), min(stop, (c + 1) * width)
                 target = out[..., low - start : high - start]
-                whole = target.shape == scratch.shape and from_run == to_run and from_step == to_step
+                cells = (len(from_run), len(from_step))
+                # All of it, in its own order: other chunks' cells are theirs to write.
+                whole = target.shape == scratch.shape == (*cells, high - low)
+                whole = whole and from_run == to_run and from_step == to_step
                 if whole and target.flags.c_contiguous:  # as it lies in memory
                     self._read_box(a, b, c, (runs[0], steps[0]), target)
                     continue

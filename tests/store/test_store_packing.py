@@ -1,5 +1,6 @@
 """Packing: what comes out is what went in (or as near as was said), for us and for zarr, xarray and tensorstore."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_any_chunk_and_selection(
     judge: Any = zarr.open_array(folder / "b.zarr/weights", mode="r")
     np.testing.assert_array_equal(judge[:], expected)
     assert list(packed.verify()) == []
+
+
+@pytest.mark.parametrize("codec", ["none", "zstd"])
+def test_as_many_snapshots_as_a_chunk_holds_but_of_several(codec: str, tmp_path: Path) -> None:
+    """A chunk is read straight into the result only where all of it is asked for: the rest is other chunks' place."""
+    values = moving(4, 6, 300)
+    pack(write(tmp_path / "a.zarr", values), tmp_path / "b.zarr", codec=codec, chunk=(2, 2, 300))
+    packed = Trajectory.open(tmp_path / "b.zarr")
+    for runs in itertools.permutations(range(4), 2):
+        for steps in itertools.permutations(range(6), 2):
+            found = packed.read(runs, [10 * step for step in steps])
+            np.testing.assert_array_equal(found, values[np.ix_(runs, steps)])
 
 
 def test_other_readers(tmp_path: Path) -> None:
