@@ -251,6 +251,14 @@ def readings(group: str, mark: str, epochs: int) -> Iterator[tuple[str, str, Met
         yield group, f"{name}{mark}", method
 
 
+def floor(
+    arguments: argparse.Namespace, optimiser: str, mark: str = "", init: str = "normal"
+) -> tuple[str, str, Method]:
+    """What many more runs alone would reach, for a part of a table marked so."""
+    method = more_runs(arguments.runs, optimiser, arguments.extra, init)
+    return "", f"floor: cubic ridge, {arguments.extra} more runs{mark}", method
+
+
 def computed(
     arguments: argparse.Namespace,
     name: str,
@@ -346,11 +354,9 @@ def table3(arguments: argparse.Namespace) -> None:
         found = []
         for kind, init in (("normal", "normal"), ("uniform", "xavier_uniform")):
             mark = f", Xavier {kind}"
-            methods = list(readings(f"gfm{mark}", mark, arguments.epochs))
-            methods.append(("", f"far, ours{mark}", fitted("far")))
+            methods = [*readings(f"gfm{mark}", mark, arguments.epochs), ("", f"far, ours{mark}", fitted("far"))]
             if full:
-                floor = more_runs(arguments.runs, optimiser, arguments.extra, init)
-                methods.append(("", f"floor: cubic ridge, {arguments.extra} more runs{mark}", floor))
+                methods.append(floor(arguments, optimiser, mark, init))
             found.append(
                 (lambda seed, init=init: cell_of(recorded(arguments.runs, optimiser, seed, init=init)), methods)
             )
@@ -365,8 +371,7 @@ def table4(arguments: argparse.Namespace) -> None:
     def parts(optimiser: str, full: bool) -> Parts:
         methods = list(readings("gfm, n = 0", "", arguments.epochs))
         if full:
-            floor = more_runs(arguments.runs, optimiser, arguments.extra)
-            methods.append(("", f"floor: cubic ridge, {arguments.extra} more runs", floor))
+            methods.append(floor(arguments, optimiser))
         return [(lambda seed: cell_of(recorded(arguments.runs, optimiser, seed), context=1), methods)]
 
     rows = computed(arguments, "gfm-table4", parts, 4)
@@ -377,20 +382,18 @@ def table4(arguments: argparse.Namespace) -> None:
 
 def sensitivity(arguments: argparse.Namespace) -> None:
     """Which β, γ and ζ are best, and how much they matter: chosen on the test runs, as the paper does."""
-    grid = [(beta, gamma, zeta) for beta in (0, 1) for gamma in (0, 1) for zeta in (0, 10, 100)]
-    if arguments.full:
-        weights = (0, 0.1, 1, 10)
-        grid = [(beta, gamma, zeta) for beta in weights for gamma in weights for zeta in (0, 1, 10, 100)]
-    grid = [weights for weights in dict.fromkeys([*grid, *BEST.values()]) if any(weights)]
 
     def parts(optimiser: str, full: bool) -> Parts:
+        levels, of_zeta = ((0, 0.1, 1, 10), (0, 1, 10, 100)) if full else ((0, 1), (0, 10, 100))
+        grid = [(beta, gamma, zeta) for beta in levels for gamma in levels for zeta in of_zeta]
         methods = [
             (
                 "",
                 f"β={beta:g} γ={gamma:g} ζ={zeta:g}",
                 fitted("gfm", beta=beta, gamma=gamma, zeta=zeta, epochs=arguments.epochs),
             )
-            for beta, gamma, zeta in grid
+            for beta, gamma, zeta in dict.fromkeys([*grid, *BEST.values()])
+            if beta or gamma or zeta
         ]
         return [(lambda seed: cell_of(recorded(arguments.runs, optimiser, seed)), [*methods, *yardsticks()])]
 

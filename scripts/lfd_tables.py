@@ -384,21 +384,25 @@ def horizon(arguments: argparse.Namespace) -> None:
              options={**digits, "optimizer": "adam", "lr": "0.003", "patch": "4", "hidden": "32", "depth": "1"},
              **shape),
     ]  # fmt: skip
-    if arguments.full:
-        cases += [
-            Case(name="gpt2, adamw", workload="gpt2", options={"layers": "2", "width": "64", "context": "64"},
-                 steps=600, every=20, runs=12, start=80, targets=(100, 120, 160, 240, 360, 600)),
-            Case(name="distilbert, adamw", workload="distilbert", options={"held_back": "8928", "sentences": "250"},
-                 steps=80, every=5, runs=12, start=20, targets=(25, 30, 40, 60, 80), seeds=1, memory=14_000_000_000,
-                 far={"method": "loss", "updates": "50"}),
-        ]  # fmt: skip
-    cases = [case for case in cases if not arguments.cases or case.workload in arguments.cases]
+    large = [
+        Case(name="gpt2, adamw", workload="gpt2", options={"layers": "2", "width": "64", "context": "64"},
+             steps=600, every=20, runs=12, start=80, targets=(100, 120, 160, 240, 360, 600)),
+        Case(name="distilbert, adamw", workload="distilbert", options={"held_back": "8928", "sentences": "250"},
+             steps=80, every=5, runs=12, start=20, targets=(25, 30, 40, 60, 80), seeds=1, memory=14_000_000_000,
+             far={"method": "loss", "updates": "50"}),
+    ]  # fmt: skip
+    known = {case.workload: case for case in [*cases, *large]}
+    if unknown := set(arguments.cases) - set(known):
+        raise SystemExit(f"--cases: unknown workload {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
+    chosen = [known[name] for name in dict.fromkeys(arguments.cases)] or cases + large * arguments.full
+    places = [case.name for case in known.values()]
     file = arguments.out / "horizon.ndjson"
     before = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    anew = {case.name for case in cases}
-    rows = [row for row in before if row["case"] not in anew]
-    for case in cases:
+    stay = set(places) - {case.name for case in chosen}
+    rows = [row for row in before if row["case"] in stay]
+    for case in chosen:
         rows += weighed(case, [LFD2, Asked(label="far", method="far", options=case.far)], arguments)
+    rows.sort(key=lambda row: places.index(row["case"]))
     notes = ["Worth: training steps that bring the same held-out loss, against keeping w_n (median over runs); net",
              "takes off one held-out evaluation. A horizon is useful where net is above 0. Where `far` judges",
              "by training loss it makes one leap, the same for every step, or keeps w_n."]  # fmt: skip
@@ -442,7 +446,9 @@ def main() -> None:
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, help="data seeds 0, 1, …; 2, or 5 with --full, when not said")
     parser.add_argument("--full", action="store_true", help="more runs and seeds")
-    parser.add_argument("--cases", nargs="+", metavar="WORKLOAD", help="only these of horizon; others stay as on file")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], metavar="WORKLOAD", help="only these of horizon; others stay as on file"
+    )
     parser.add_argument("--runs", type=Path, default=Path("runs/lfd"), help="where recordings are kept")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
