@@ -28,9 +28,10 @@ from farcli.forecasters.base import (
 )
 from farcli.forecasters.identification import UNEXPLAINED, Experiment, Population, forecast, identify
 from farcli.forecasters.intervals import CountedErrors, quantile
-from farcli.forecasters.leave_one_out import require_runs
+from farcli.forecasters.leave_one_out import LeftOut, require_runs
 from farcli.forecasters.lfd2 import Lfd2
 from farcli.forecasters.loss_lfd import LossLfd, PrefixRows, believed
+from farcli.forecasters.mean import Mean
 from farcli.forecasters.update_rules import UpdateRule
 
 _LARGEST = 4
@@ -39,6 +40,8 @@ _LONGEST = 20_000
 """Updates up to which an optimiser is run on."""
 _HALF, _BELIEF = 0.5, 0.25
 """Before the training runs speak, LFD-2's share of the average with identification: mean and standard deviation."""
+_BELIEF_ALONE = 0.5
+"""That standard deviation where w_0 is all that is seen, and the train mean stands in LFD-2's place."""
 _MARGIN = 3.0
 """Identified forecasts may leave the range of the training runs' targets by so many standard deviations."""
 _LARGEST_BY_LOSS = 1_000_000
@@ -46,6 +49,8 @@ _LARGEST_BY_LOSS = 1_000_000
 takes thousands of forward passes."""
 _PART = 1 << 20
 """Coordinates forecast at once where forecasts are judged: LFD-2 takes them in float64."""
+_PAIR, _ALONE = "lfd2.", "mean."
+"""What the names of tensors begin with that are LFD-2's, or the train mean's."""
 _KEEP, _LFD2, _LEAP = 0, 1, 2
 """What may be forecast at a horizon."""
 _EXACT, _MOST_UNEXPLAINED = 0.01, 0.1
@@ -57,8 +62,8 @@ with less than this part of LFD-2's squared error."""
 class Runs(Sums):
     """The runs themselves, by position: rows of other parts are 0, so parts add up. For tiny networks."""
 
-    def __init__(self, problem: Problem, lfd2: Sums) -> None:
-        self.lfd2 = lfd2
+    def __init__(self, problem: Problem, plain: Sums) -> None:
+        self.plain = plain
         runs, size = problem.runs, problem.coordinates
         self.prefix_RCD = torch.zeros(runs, len(problem.steps_C), size, dtype=torch.float64)
         self.truth_RHD = torch.zeros(runs, len(problem.steps_H), size, dtype=torch.float64)
@@ -66,7 +71,7 @@ class Runs(Sums):
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
-        self.lfd2.add(prefix, truth_BHD)
+        self.plain.add(prefix, truth_BHD)
         size, runs_B = self.prefix_RCD.shape[-1], list(prefix.runs_B)
         columns = slice(prefix.start, min(size, prefix.start + truth_BHD.shape[-1]))
         width = max(0, columns.stop - columns.start)
@@ -76,7 +81,7 @@ class Runs(Sums):
 
     def merge(self, other: Any) -> None:
         """Take in another part's runs."""
-        self.lfd2.merge(other.lfd2)
+        self.plain.merge(other.plain)
         self.prefix_RCD += other.prefix_RCD
         self.truth_RHD += other.truth_RHD
         self.rounding = max(self.rounding, other.rounding)
@@ -84,7 +89,7 @@ class Runs(Sums):
     @property
     def finite(self) -> bool:
         """Whether every number is finite."""
-        return self.lfd2.finite
+        return self.plain.finite
 
 
 @final
@@ -93,13 +98,13 @@ class Rows(Sums):
 
     def __init__(
         self,
-        lfd2: Sums,
+        plain: Sums,
         rows: PrefixRows | None = None,
         leapt: "LeapErrors | None" = None,
         kept: "KeptErrors | None" = None,
     ) -> None:
-        self.lfd2, self.rows, self.leapt, self.kept = lfd2, rows, leapt, kept
-        self._parts = [part for part in (lfd2, rows, leapt, kept) if part is not None]
+        self.plain, self.rows, self.leapt, self.kept = plain, rows, leapt, kept
+        self._parts = [part for part in (plain, rows, leapt, kept) if part is not None]
 
     def add(self, prefix: Prefix, truth_BHD: Tensor) -> None:
         """Take one block in."""
@@ -199,7 +204,7 @@ class _Physics:
     Attributes:
         experiment: the optimiser, and when weights were looked at.
         population: what runs have in common; None where training has no noise and each run says all by itself.
-        share_H: LFD-2's share of the average.
+        share_H: share of LFD-2, or of the train mean, in the average.
         bounds_2HD: least and largest forecasts of the identified part.
         stretch_HD: half-width of the 90 % interval in predicted standard deviations.
     """
@@ -219,7 +224,8 @@ class Far(SolvedForecaster):
     per run the quadratic loss is estimated whose known optimiser explains w_0 … w_n, and the optimiser is run on.
     Averaged with LFD-2; its share is ½ before, and after what the training runs, left out one by one, say. Where
     training has no noise (full batch) the equations are solved instead: see `noiseless`. A new run that has no
-    solution is forecast by LFD-2.
+    solution is forecast by LFD-2. Where w_0 is all that is seen, the optimiser is run on quadratics drawn from what
+    runs have in common, and the train mean stands in LFD-2's place.
 
     method=lfd2: for everything else the shared map of `lfd2` with ridge=loo, guard=true, intervals=true, with one map
     for all tensors or one for each, whichever forecasts runs left out better.
@@ -271,8 +277,8 @@ class Far(SolvedForecaster):
     def __init__(self, config: Config) -> None:
         self._config = config
         self._problem: Problem | None = None
-        self._lfd2: tuple[Lfd2, ...] = (_lfd2("none"), _lfd2("tensor"))
-        """Candidates while fitting, the chosen one after."""
+        self._plain: tuple[Lfd2 | Mean, ...] = (_lfd2("none"), _lfd2("tensor"))
+        """What knows no optimiser and no loss: candidates while fitting, the chosen one after."""
         self._physics: _Physics | None = None
         self._loss: TrainingLoss | None = None
         self._leap: _Leap | None = None
@@ -296,12 +302,12 @@ class Far(SolvedForecaster):
     @property
     def transferable(self) -> bool:
         """Whether it is LFD-2 with one map for all tensors."""
-        return self._config.method == "lfd2" and len(self._lfd2) == 1 and self._lfd2[0].transferable
+        return self._config.method == "lfd2" and len(self._plain) == 1 and self._plain[0].transferable
 
     @property
     def min_context(self) -> int:
-        """w_0 and w_n; w_{n−1} and w_{n−2} too where leaps are fitted on loss."""
-        return 3 if self._config.method == "loss" else 2
+        """w_0 to identify, and w_n for LFD-2; w_{n−1} and w_{n−2} too where leaps are fitted on loss."""
+        return {"lfd2": 2, "loss": 3}.get(self._config.method, 1)
 
     def observed(self, steps_C: Sequence[int]) -> tuple[int, ...]:
         """All for identification, those of `loss-lfd` for leaps, the first and the last for LFD-2."""
@@ -312,7 +318,7 @@ class Far(SolvedForecaster):
             case "loss":
                 return self._leaps.observed(steps_C)
             case _:
-                return (steps_C[0], steps_C[-1])
+                return tuple(sorted({steps_C[0], steps_C[-1]}))
 
     @property
     def _leaps(self) -> LossLfd:
@@ -322,7 +328,8 @@ class Far(SolvedForecaster):
         """Choose the method.
 
         Raises:
-            UsageError: too few runs to leave one out; method = identify was asked for, but cannot be.
+            UsageError: too few runs to leave one out; identification was asked for, or is all that could be, but
+                cannot.
         """
         config = self._config
         require_runs("far", problem.runs)
@@ -350,8 +357,16 @@ class Far(SolvedForecaster):
             )
         prepared = type(self)(replace(config, method="identify", optimizer=rule.text) if rule else config)
         prepared._reason = against or f"D = {problem.coordinates}, from step 0, by {rule.name if rule else ''}"
+        alone = len(problem.steps_C) == 1
+        if rule is None and alone:
+            raise UsageError(
+                f"far: from a single snapshot nothing but identification forecasts, which cannot be: {against}.",
+                "Give a --context of 2 or more.",
+            )
         if rule is None:
             prepared._take_loss(problem, known)
+        elif alone:
+            prepared._plain = (Mean(Mean.Config()),)
         return prepared
 
     def _take_loss(self, problem: Problem, known: Known) -> None:
@@ -383,8 +398,8 @@ class Far(SolvedForecaster):
         """Empty sums: those of LFD-2; for identification the runs themselves, for leaps what they start from."""
         require_future("far", self.min_context, problem.steps_C, problem.steps_H)
         with _named():
-            sums = self._lfd2[0].sums(problem)
-        first = len(self._lfd2) > 1
+            sums = self._plain[0].sums(problem)
+        first = self._problem is None
         method, leap = self._config.method, self._leap
         if method == "identify" and first:
             return Runs(problem, sums)
@@ -396,18 +411,24 @@ class Far(SolvedForecaster):
 
     def solved(self, problem: Problem, sums: Any) -> Self:
         """The forecaster that the sums determine."""
-        own = sums.lfd2 if isinstance(sums, Runs | Rows) else sums
+        own: Any = sums.plain if isinstance(sums, Runs | Rows) else sums
         with _named():
-            solved = [candidate.solved(problem, own) for candidate in self._lfd2]
+            solved: list[Lfd2 | Mean] = [candidate.solved(problem, own) for candidate in self._plain]
         if len(solved) > 1:
             solved = [min(solved, key=_error_left_out)]
+        plain = solved[0]
         fitted = type(self)(self._config)
-        fitted._problem, fitted._reason, fitted._lfd2 = problem, self._reason, tuple(solved)
+        fitted._problem, fitted._reason, fitted._plain = problem, self._reason, (plain,)
         fitted._leap, fitted._kept = self._leap, self._kept
-        left = solved[0].left_out
-        assert left is not None
-        useful_H = left.errors_RKH.sum((0, 1)) < left.persistence_RKH.sum((0, 1))
-        fitted._choice_H = torch.where(useful_H, _LFD2, _KEEP) if self._choice_H is None else self._choice_H
+        if self._choice_H is not None:
+            fitted._choice_H = self._choice_H
+        elif isinstance(plain, Lfd2):
+            left = _left_out(plain)
+            useful_H = left.errors_RKH.sum((0, 1)) < left.persistence_RKH.sum((0, 1))
+            fitted._choice_H = torch.where(useful_H, _LFD2, _KEEP)
+        else:
+            assert isinstance(sums, Runs)
+            fitted._choice_H = _chosen(fitted._plain_without_each(problem, sums) - sums.truth_RHD, sums)
         if isinstance(sums, Runs):
             try:
                 fitted._identify(problem, sums)
@@ -425,7 +446,8 @@ class Far(SolvedForecaster):
 
     def _judge(self, problem: Problem, rows: PrefixRows, loss: TrainingLoss) -> None:
         """Choose at each horizon what lowers the loss of runs left out most, or w_n."""
-        rows_RCD, runs = rows.rows_RCD, problem.runs
+        rows_RCD, runs, lfd2 = rows.rows_RCD, problem.runs, self._plain[0]
+        assert isinstance(lfd2, Lfd2)
         leap = self._leaps.prepared(problem, Known(loss=lambda: loss)).solved(problem, rows)
         leap = max([leap, *leap.alone(rows)], key=lambda candidate: candidate.gain_left_out)
         ends = (problem.steps_C[0], problem.steps_C[-1])
@@ -439,7 +461,7 @@ class Far(SolvedForecaster):
                 for number, part_CD in enumerate(rows_RCD[run, [0, -1]].split(_PART, dim=-1))
             ]  # fmt: skip
             for h, step in enumerate(problem.steps_H):
-                parts = [self._lfd2[0].forecasts_left_out(block, (step,)).to(rows_RCD.dtype) for block in blocks]
+                parts = [lfd2.forecasts_left_out(block, (step,)).to(rows_RCD.dtype) for block in blocks]
                 gain_2RH[0, run, h] = kept_R[run] - leap.loss_at(torch.cat(parts, dim=-1)[0, 0], run)
         sound_2H = torch.stack([believed(gain_RH) for gain_RH in gain_2RH])
         best_H = torch.where(sound_2H, gain_2RH.mean(1), -torch.inf).argmax(0)
@@ -460,20 +482,14 @@ class Far(SolvedForecaster):
         rounding = sums.rounding * float(truth_RHD.square().mean().sqrt())
         std_HD = truth_RHD.std(0, correction=0)
         bounds_2HD = torch.stack([truth_RHD.amin(0) - _MARGIN * std_HD, truth_RHD.amax(0) + _MARGIN * std_HD])
-        block = Prefix(
-            weights_BCD=prefix_RCD,
-            steps_C=problem.steps_C,
-            layout=problem.layout,
-            start=0,
-            runs_B=tuple(range(problem.runs)),
-        )
-        theirs_RHD = self._lfd2[0].forecasts_left_out(block, problem.steps_H)
+        theirs_RHD = self._plain_without_each(problem, sums)
         if not self._solve_without_noise(problem, rounding, bounds_2HD, prefix_RCD, truth_RHD, theirs_RHD):
             experiment = self._experiment(problem, max(1e-9 * moved, rounding, 1e-30))
             found = identify(experiment, prefix_RCD, truth_RHD[:, -1])
             ours_RHD, std_RHD = forecast(experiment, found.without_each(), prefix_RCD)
             ours_RHD = ours_RHD.clamp(*bounds_2HD)
-            share_H = _share(ours_RHD - truth_RHD, theirs_RHD - truth_RHD)
+            belief = _BELIEF if experiment.seen else _BELIEF_ALONE
+            share_H = _share(ours_RHD - truth_RHD, theirs_RHD - truth_RHD, belief)
             error_RHD = ours_RHD + share_H[:, None] * (theirs_RHD - ours_RHD) - truth_RHD
             self._physics = _Physics(
                 experiment=experiment,
@@ -482,9 +498,21 @@ class Far(SolvedForecaster):
                 bounds_2HD=bounds_2HD,
                 stretch_HD=quantile((error_RHD / std_RHD.clamp(min=experiment.precision)).flatten(1)).view_as(std_HD),
             )
-            kept_RHD = prefix_RCD[:, -1:] - truth_RHD
-            useful_H = error_RHD.square().sum((0, 2)) < kept_RHD.square().sum((0, 2))
-            self._choice_H = torch.where(useful_H, _LFD2, _KEEP)
+            self._choice_H = _chosen(error_RHD, sums)
+
+    def _plain_without_each(self, problem: Problem, sums: Runs) -> Tensor:
+        """What LFD-2, or the train mean, says of each training run when fitted without it: [R, H, D]."""
+        plain, truth_RHD = self._plain[0], sums.truth_RHD
+        if isinstance(plain, Mean):
+            return (truth_RHD.sum(0) - truth_RHD) / (problem.runs - 1)
+        block = Prefix(
+            weights_BCD=sums.prefix_RCD,
+            steps_C=problem.steps_C,
+            layout=problem.layout,
+            start=0,
+            runs_B=tuple(range(problem.runs)),
+        )
+        return plain.forecasts_left_out(block, problem.steps_H)
 
     def _solve_without_noise(
         self,
@@ -531,18 +559,19 @@ class Far(SolvedForecaster):
     @property
     def unsettled(self) -> bool:
         """Whether LFD-2's intervals are yet to be calibrated."""
-        return self._physics is None and len(self._lfd2) == 1 and self._lfd2[0].unsettled
+        return self._physics is None and len(self._plain) == 1 and self._plain[0].unsettled
 
     def notes(self) -> dict[str, str | float | list[float]]:
         """Which method and why; the steps at which w_n is kept, and why, or leaps are made; LFD-2's share."""
         problem, choice_H = require_fitted("far", self._problem), require_fitted("far", self._choice_H)
+        plain = "mean" if isinstance(self._plain[0], Mean) else "lfd2"
 
         def at(choice: int) -> list[float]:
             pairs = zip(problem.steps_H, choice_H.tolist(), strict=True)
             return [float(step) for step, chosen in pairs if chosen == choice]
 
         found: dict[str, str | float | list[float]] = {
-            "chosen": "identify" if self._physics else self._config.method.replace("identify", "lfd2"),
+            "chosen": "identify" if self._physics else self._config.method.replace("identify", plain),
             "because": self._reason,
             "keeps_w_n_at": at(_KEEP),
         }
@@ -550,24 +579,24 @@ class Far(SolvedForecaster):
             found["kept_because"] = (
                 "nothing lowers the loss of runs left out surely enough"
                 if self._config.method == "loss"
-                else "LFD-2's squared error on runs left out is not below that of w_n"
+                else "the squared error on runs left out is not below that of w_n"
             )
         if self._leap is not None:
             found["leaps_at"] = at(_LEAP)
         if self._physics is not None:
             found["noise"] = "none" if self._physics.population is None else "estimated"
-            found["share_of_lfd2"] = self._physics.share_H.tolist()
+            found[f"share_of_{plain}"] = self._physics.share_H.tolist()
         return found
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
         """Those of LFD-2."""
         require_fitted("far", self._problem)
-        return self._lfd2[0].coefficients()
+        return self._plain[0].coefficients()
 
     def forecast(self, prefix: Prefix, steps_H: Sequence[int]) -> Tensor:
         """Weights [B, H, D]; w_n at steps where the training runs advise against a forecast."""
         rows_H = self._rows(prefix, steps_H)
-        forecast_BHD = self._lfd2[0].forecast(prefix, steps_H)
+        forecast_BHD = self._plain[0].forecast(prefix, steps_H)
         if self._physics is not None:
             ours_BHD, _, sound_B = _identified(self._physics, prefix.weights_BCD.cpu().double())
             share_BH1 = torch.where(sound_B[:, None], self._physics.share_H[rows_H], 1.0)[..., None]
@@ -584,7 +613,7 @@ class Far(SolvedForecaster):
         rows_H = self._rows(prefix, steps_H)
         physics = self._physics
         if physics is None:
-            half_BHD = self._lfd2[0].half_width(prefix, steps_H)
+            half_BHD = self._plain[0].half_width(prefix, steps_H)
             choice_H1 = require_fitted("far", self._choice_H)[rows_H, None]
             for choice, own in ((_LEAP, self._leap), (_KEEP, self._kept)):
                 if half_BHD is None or own is None or own.width_SH is None:
@@ -625,7 +654,9 @@ class Far(SolvedForecaster):
     def tensors(self) -> dict[str, Tensor]:
         """LFD-2's and the leap's, what is chosen at each horizon, and what was identified."""
         choice_H = require_fitted("far", self._choice_H)
-        found = {"choice": choice_H.double()} | {f"lfd2.{key}": value for key, value in self._lfd2[0].tensors().items()}
+        lead = _ALONE if isinstance(self._plain[0], Mean) else _PAIR
+        found = {"choice": choice_H.double()}
+        found |= {lead + key: value for key, value in self._plain[0].tensors().items()}
         if self._leap is not None:
             found |= {f"leap.{key}": value for key, value in self._leap.forecaster.tensors().items()}
             found |= {"leap_width": require_fitted("far", self._leap.width_SH).contiguous()}
@@ -662,10 +693,14 @@ class Far(SolvedForecaster):
         if "kept_width" in tensors:
             width_SH = stored("far", tensors, "kept_width", (len(problem.layout.floats), horizons))
             fitted._kept = _Kept(scale_S=torch.ones(len(width_SH)), width_SH=width_SH)
-        parts = {key.removeprefix("lfd2."): value for key, value in tensors.items() if key.startswith("lfd2.")}
-        grouped = "delta" in parts and len(parts["delta"]) > 1
-        inner = _lfd2("tensor" if grouped else "none", intervals="width" in parts)
-        fitted._lfd2 = (type(inner).restore(inner.config, problem, parts),)
+        if len(problem.steps_C) == 1:
+            own = {key.removeprefix(_ALONE): value for key, value in tensors.items() if key.startswith(_ALONE)}
+            fitted._plain = (Mean.restore(Mean.Config(), problem, own),)
+        else:
+            own = {key.removeprefix(_PAIR): value for key, value in tensors.items() if key.startswith(_PAIR)}
+            grouped = "delta" in own and len(own["delta"]) > 1
+            inner = _lfd2("tensor" if grouped else "none", intervals="width" in own)
+            fitted._plain = (type(inner).restore(inner.config, problem, own),)
         if "precision" in tensors:
             unknowns = noiseless.unknowns(size)
             population = None
@@ -710,13 +745,24 @@ def _lfd2(groups: Literal["none", "tensor"], *, intervals: bool = True) -> Lfd2:
     return Lfd2(Lfd2.Config(ridge="loo", guard=True, intervals=intervals, groups=groups))
 
 
-def _error_left_out(candidate: Lfd2) -> float:
-    assert candidate.left_out is not None
-    return float(candidate.left_out.errors_RKH.sum())
+def _left_out(fitted: Lfd2) -> LeftOut:
+    assert fitted.left_out is not None
+    return fitted.left_out
 
 
-def _share(ours_RHD: Tensor, theirs_RHD: Tensor) -> Tensor:
-    """LFD-2's share of the average of two forecasts with these errors, [H]: the most probable one in [0, 1].
+def _error_left_out(candidate: Lfd2 | Mean) -> float:
+    assert isinstance(candidate, Lfd2)
+    return float(_left_out(candidate).errors_RKH.sum())
+
+
+def _chosen(error_RHD: Tensor, sums: Runs) -> Tensor:
+    """At which horizons to forecast: where these errors on runs left out are less than those of keeping w_n."""
+    kept_RHD = sums.prefix_RCD[:, -1:] - sums.truth_RHD
+    return torch.where(error_RHD.square().sum((0, 2)) < kept_RHD.square().sum((0, 2)), _LFD2, _KEEP)
+
+
+def _share(ours_RHD: Tensor, theirs_RHD: Tensor, belief: float) -> Tensor:
+    """The second's share of the average of two forecasts with these errors, [H]: the most probable one in [0, 1].
 
     The best share is a regression on the difference of the errors; its own uncertainty is weighed against a
     belief in equal parts, since runs are few: on SCIENCE's protocol D2 the least squares alone did worse.
@@ -726,8 +772,8 @@ def _share(ours_RHD: Tensor, theirs_RHD: Tensor) -> Tensor:
     best_H = (ours_RHD * between_RHD).sum((0, 2)) / square_H
     residual_RHD = ours_RHD - best_H[:, None] * between_RHD
     variance_H = (residual_RHD.square().mean((0, 2)) / square_H).clamp(min=1e-300)
-    weight_H, belief = 1 / variance_H, 1 / _BELIEF**2
-    return ((weight_H * best_H + belief * _HALF) / (weight_H + belief)).clamp(0, 1)
+    weight_H, prior = 1 / variance_H, 1 / belief**2
+    return ((weight_H * best_H + prior * _HALF) / (weight_H + prior)).clamp(0, 1)
 
 
 @contextmanager
@@ -736,4 +782,4 @@ def _named() -> Iterator[None]:
     try:
         yield
     except FarcliError as error:
-        raise type(error)(f"far: {str(error).removeprefix('lfd2: ')}", error.hint) from error
+        raise type(error)(f"far: {str(error).removeprefix('lfd2: ').removeprefix('mean: ')}", error.hint) from error

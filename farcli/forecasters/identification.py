@@ -12,6 +12,9 @@ with y the snapshots after w_0 (and, in training, the last target), f the mean o
 their covariance. f is linearised over the posterior's own width (statistical linearisation, Särkkä 2013, section 5.3):
 an update like Adam's first, lr·sign(g), has no useful derivative at a point.
 
+Where w_0 is all that is seen, the last targets alone say what runs have in common, and a new run's forecast is the mean
+over θ drawn from that: how far the optimiser gets from w_0 is known, though not where the run is going.
+
 Source: noise ∝ loss × Hessian, Mori et al. (arXiv 2105.09557); empirical Bayes by EM, Dempster et al. (1977).
 Differs: none of the papers on forecasting weights identifies the system; this is ours (SCIENCE, section 7).
 
@@ -42,7 +45,8 @@ _FACTORS = (0.1, 0.5, 1.0, 2.0)
 _MOST_NOISE = 1.0
 """Largest b: that of batches of about two examples in linear regression."""
 _STARTS = 256
-"""Draws from the population among which a new run's first θ is chosen."""
+"""Draws from the population: a new run's first θ is one of them, and its forecast the mean of theirs where w_0 is all
+that is seen."""
 _SHARES = (1.0, 0.5, 0.1, 0.01, 0.0)
 """A step is shortened to one of these, whichever explains best."""
 _QUIET = 1e-3
@@ -60,7 +64,7 @@ class Experiment:
 
     Attributes:
         rule: the optimiser.
-        seen: updates from w_0 to each later snapshot of the prefix.
+        seen: updates from w_0 to each later snapshot of the prefix; none where w_0 is all of it.
         targets: updates from w_0 to each target.
         precision: absolute rounding of what is stored.
     """
@@ -256,10 +260,12 @@ def identify(experiment: Experiment, prefix_RCD: Tensor, final_RD: Tensor) -> Id
     Raises:
         ArithmeticError: no population explains the runs: the estimate diverged.
     """
-    rule, marks, last = experiment.rule, experiment.seen, (experiment.targets[-1],)
+    last, alone = (experiment.targets[-1],), not experiment.seen
     start_RD, seen_RN = prefix_RCD[:, 0], prefix_RCD[:, 1:].flatten(1)
     runs, size = start_RD.shape
-    theta_RP, curvature = _first_guess(rule, start_RD, seen_RN, final_RD, marks)
+    ends = _Observed(experiment, start_RD, last, final_RD, _FAR_SIMULATIONS)
+    first = ends if alone else _Observed(experiment, start_RD, experiment.seen, seen_RN, _SIMULATIONS)
+    theta_RP, curvature = _first_guess(first, final_RD.mean(0).expand(runs, -1) if alone else final_RD)
     spread_PP = torch.diag((0.3 * theta_RP[:, size:].abs().amax()).square().expand(theta_RP.shape[1])).clone()
     spread_PP[:size, :size] = torch.cov(final_RD.T) + experiment.precision**2 * torch.eye(size, dtype=torch.float64)
     excess = 0.5 * curvature * (start_RD - final_RD).square().sum(-1).mean()
@@ -274,12 +280,9 @@ def identify(experiment: Experiment, prefix_RCD: Tensor, final_RD: Tensor) -> Id
     for count in range(_MOST_ROUNDS):
         if count >= _ROUNDS and bool((population.noise > _QUIET * most).any()):
             break
-        noise = _noise_level(experiment, theta_RP, start_RD, seen_RN, population, width_RP, most)
+        noise = _noise_level(first, theta_RP, population, width_RP, most)
         population = replace(population, noise=noise)
-        observed = (
-            _Observed(experiment, start_RD, marks, seen_RN, _SIMULATIONS),
-            _Observed(experiment, start_RD, last, final_RD, _FAR_SIMULATIONS),
-        )
+        observed = (ends,) if alone else (first, ends)
         theta_RP, posterior_RPP = _improved(theta_RP, width_RP, population, observed)
         width_RP = _width(posterior_RPP, population)
         mean_P, covariance_PP = _moments(theta_RP, posterior_RPP)
@@ -324,6 +327,8 @@ def forecast(experiment: Experiment, population: Population, prefix_RCD: Tensor)
         ArithmeticError: the estimate diverged.
     """
     start_RD = prefix_RCD[:, 0]
+    if not experiment.seen:
+        return _drawn(experiment, population, start_RD)
     theta_RP, posterior_RPP = infer(experiment, population, prefix_RCD)
     near = _linearised(
         experiment.rule,
@@ -336,10 +341,32 @@ def forecast(experiment: Experiment, population: Population, prefix_RCD: Tensor)
     )
     uncertain_RNN = near.slope_RNP @ posterior_RPP @ near.slope_RNP.mT + near.noise_RNN
     shape = (len(experiment.targets), start_RD.shape[-1])
-    if not bool(near.value_RN.isfinite().all() & uncertain_RNN.isfinite().all()):
-        raise ArithmeticError("the optimiser diverges on the quadratics that explain these runs")
     std_RN = uncertain_RNN.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    return near.value_RN.unflatten(1, shape), std_RN.unflatten(1, shape)
+    return _finite(near.value_RN.unflatten(1, shape), std_RN.unflatten(1, shape))
+
+
+def _drawn(experiment: Experiment, population: Population, start_RD: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over draws of θ from the population, each simulated with noise of its own."""
+    targets, size = experiment.targets, start_RD.shape[-1]
+    standard_SP = _draws(1, _STARTS, 1, population.mean_RP.shape[-1], 0)[0, :, 0]
+    factor_RPP = torch.linalg.cholesky(population.covariance_RPP)
+    theta_SRP = population.mean_RP + torch.einsum("rpq,sq->srp", factor_RPP, standard_SP)
+    many = (_STARTS, *start_RD.shape)
+    found_SRHD = simulate(
+        experiment.rule,
+        theta_SRP.expand(*many[:2], -1),
+        start_RD.expand(many),
+        targets,
+        population.noise,
+        _draws(targets[-1], _STARTS, 1, size, len(targets)).expand(-1, *many),
+    )
+    return _finite(found_SRHD.mean(0), found_SRHD.std(0))
+
+
+def _finite(found_RHD: Tensor, std_RHD: Tensor) -> tuple[Tensor, Tensor]:
+    if not bool(found_RHD.isfinite().all() & std_RHD.isfinite().all()):
+        raise ArithmeticError("the optimiser diverges on the quadratics that explain these runs")
+    return found_RHD, std_RHD
 
 
 @dataclass(frozen=True, slots=True, kw_only=False)
@@ -438,32 +465,26 @@ def _width(posterior_RPP: Tensor, population: Population) -> Tensor:
 
 
 def _noise_level(
-    experiment: Experiment,
-    theta_RP: Tensor,
-    start_RD: Tensor,
-    seen_RN: Tensor,
-    population: Population,
-    width_RP: Tensor,
-    most: Tensor,
+    observed: _Observed, theta_RP: Tensor, population: Population, width_RP: Tensor, most: Tensor
 ) -> Tensor:
     """(a, b) of highest evidence among neighbours of the last: log N(y; f(μ), J Σ Jᵀ + Ω(a, b)), linearised at θ."""
-    rule, marks = experiment.rule, experiment.seen
-    local = _linearised(rule, theta_RP, start_RD, marks, population.noise, width_RP, _SIMULATIONS)
+    experiment, numbers_RN = observed.experiment, observed.numbers_RN
+    local = observed.linearised(theta_RP, width_RP, population.noise)
     spread_RNN = local.slope_RNP @ population.covariance_RPP @ local.slope_RNP.mT
-    spread_RNN = spread_RNN + experiment.precision**2 * torch.eye(seen_RN.shape[1], dtype=torch.float64)
+    spread_RNN = spread_RNN + experiment.precision**2 * torch.eye(numbers_RN.shape[1], dtype=torch.float64)
     shift_RN = (local.slope_RNP @ (population.mean_RP - theta_RP)[..., None])[..., 0]
     factors = torch.tensor(_FACTORS, dtype=torch.float64)
     candidates_Q2 = torch.cartesian_prod(factors * population.noise[0], factors * population.noise[1])
     candidates_Q2 = torch.minimum(candidates_Q2, most)
     found_QSRN = _simulated(
-        rule,
+        experiment.rule,
         theta_RP.expand(len(candidates_Q2), -1, -1),
-        start_RD,
-        marks,
+        observed.start_RD,
+        observed.marks,
         candidates_Q2.T[:, :, None, None, None],
-        _SIMULATIONS,
+        observed.simulations,
     )
-    residual_QRN = seen_RN - found_QSRN.mean(1) - shift_RN
+    residual_QRN = numbers_RN - found_QSRN.mean(1) - shift_RN
     factor_QRNN, _ = torch.linalg.cholesky_ex(spread_RNN + _covariance(found_QSRN))
     white_QRN = torch.linalg.solve_triangular(factor_QRNN, residual_QRN[..., None], upper=False)[..., 0]
     scale_QRN = factor_QRNN.diagonal(dim1=-2, dim2=-1)
@@ -471,19 +492,17 @@ def _noise_level(
     return candidates_Q2[torch.nan_to_num(evidence_Q, nan=-torch.inf).argmax()]
 
 
-def _first_guess(
-    rule: UpdateRule, start_RD: Tensor, seen_RN: Tensor, final_RD: Tensor, marks: tuple[int, ...]
-) -> tuple[Tensor, float]:
-    """θ with w* = the final weights and H = h·1, and the h under which that explains the prefixes best."""
-    runs, size = start_RD.shape
+def _first_guess(observed: _Observed, optimum_RD: Tensor) -> tuple[Tensor, float]:
+    """θ with these w* and H = h·1, and the h under which that explains best what was observed."""
+    runs, size = optimum_RD.shape
     row, column = torch.tril_indices(size, size)
     best = (torch.inf, torch.empty(0), 1.0)
     for exponent in range(-12, 13):
         curvature = 10.0 ** (exponent / 4)
         factor_DD = curvature**0.5 * torch.eye(size, dtype=torch.float64)
-        theta_RP = torch.cat([final_RD, factor_DD[row, column].expand(runs, -1)], dim=1)
-        found_RN = simulate(rule, theta_RP, start_RD, marks).flatten(1)
-        error = float((found_RN - seen_RN).square().sum())
+        theta_RP = torch.cat([optimum_RD, factor_DD[row, column].expand(runs, -1)], dim=1)
+        found_RN = simulate(observed.experiment.rule, theta_RP, observed.start_RD, observed.marks).flatten(1)
+        error = float((found_RN - observed.numbers_RN).square().sum())
         if error < 0.999 * best[0]:  # rules that ignore the gradient's size leave h open: the first of equals
             best = (error, theta_RP, curvature)
     if not best[0] < torch.inf:

@@ -254,6 +254,8 @@ class TestFits:
         words = ("fit", "lfd2", *linreg, "--train-runs", "0:2", "--set", "ridge=loo")
         refused(farcli, folder, words, 2, "lfd2: leaving one", "--set ridge=1e-3")
         refused(farcli, folder, ("fit", "loss-lfd", *linreg, "--context", "2"), 2, "loss-lfd", "at least 3 snapshots")
+        words = ("fit", "far", "digits.zarr", "-o", "new.safetensors", "-q", "--context", "1")
+        refused(farcli, folder, words, 2, "far: from a single snapshot", "parameters are more than 4", "--context of 2")
 
     def test_other_grids_and_other_networks(self, farcli, folder):
         words = ("record", "linreg", "-o", "coarse.zarr", "--runs", "3", "--steps", "20", "--every", "4", "-q")

@@ -274,6 +274,68 @@ def test_far_with_too_few_runs() -> None:
             far_on(weights_RTD, rule)
 
 
+# ------------------------------------------------------------- from w_0 alone
+
+
+def alone_on(weights_RTD: Tensor, name: str | None, **options: Any) -> Far:
+    problem = replace(problem_of(len(weights_RTD)), steps_C=(0,))
+    forecaster = Far(Far.Config(**options)).prepared(problem, known(name) if name else Known())
+    assert forecaster.observed((0,)) == (0,)
+    return solve(forecaster, problem, lambda: [alone_of(weights_RTD)])
+
+
+def alone_of(weights_RTD: Tensor) -> tuple[Prefix, Tensor]:
+    prefix, truth_BHD = block_of(weights_RTD)
+    return replace(prefix, weights_BCD=prefix.weights_BCD[:, :1], steps_C=(0,)), truth_BHD
+
+
+@pytest.mark.parametrize("name", ["adam", "adagrad"])
+def test_how_far_training_gets_is_known_from_w_0_alone(name: str) -> None:
+    """These rules have not arrived by then: where they are depends on where they began, which the mean ignores."""
+    weights_RTD = trained(name, *quadratics(24, 14))
+    fitted = alone_on(weights_RTD[:16], name)
+    assert fitted.notes()["chosen"] == "identify"
+    assert fitted.notes()["keeps_w_n_at"] == []
+    prefix, truth_BHD = alone_of(weights_RTD[16:])
+    forecast_BHD, half_BHD = fitted.forecast(prefix, (30, LAST)), fitted.half_width(prefix, (30, LAST))
+    error_BHD, mean_HD = forecast_BHD - truth_BHD, weights_RTD[:16, [30, LAST]].mean(0)
+    assert (error_BHD.square().mean((0, 2)) < 0.5 * (mean_HD - truth_BHD).square().mean((0, 2))).all()
+    assert half_BHD is not None
+    assert 0.6 < float((error_BHD.abs() <= half_BHD).double().mean()) <= 1
+    again = Far.restore(fitted.config, replace(problem_of(16), steps_C=(0,)), fitted.tensors())
+    assert torch.equal(again.forecast(prefix, (30, LAST)), forecast_BHD)
+    assert again.coefficients() == fitted.coefficients() == []
+
+
+def test_from_w_0_alone_the_mean_stands_in_where_nothing_explains_the_runs() -> None:
+    weights_RTD = trained("sgd", *quadratics(6, 15))
+    fitted = alone_on(weights_RTD, None, optimizer="sgd lr=1e300")
+    assert fitted.notes()["chosen"] == "mean"
+    prefix, _ = alone_of(weights_RTD)
+    expected_HD = weights_RTD[:, [30, LAST]].mean(0)
+    torch.testing.assert_close(fitted.forecast(prefix, (30, LAST)), expected_HD.expand(6, -1, -1))
+    again = Far.restore(fitted.config, replace(problem_of(6), steps_C=(0,)), fitted.tensors())
+    assert torch.equal(again.forecast(prefix, (30,)), fitted.forecast(prefix, (30,)))
+
+
+def test_from_w_0_alone_w_n_is_kept_where_it_is_nearer_than_the_mean() -> None:
+    """Runs that do not move, from places far apart."""
+    start_RD = torch.randn(8, 2, generator=torch.Generator().manual_seed(16), dtype=torch.float64)
+    weights_RTD = start_RD[:, None].repeat(1, LAST + 1, 1)
+    fitted = alone_on(weights_RTD, None, optimizer="sgd lr=1e300")
+    prefix, truth_BHD = alone_of(weights_RTD)
+    assert fitted.notes()["keeps_w_n_at"] == [30.0, LAST]
+    assert torch.equal(fitted.forecast(prefix, (30, LAST)), truth_BHD)
+
+
+def test_from_one_snapshot_far_needs_a_rule() -> None:
+    with pytest.raises(UsageError, match="far: from a single snapshot nothing but identification .*name no update rule"):
+        alone_on(trained("sgd", *quadratics(6, 17)), None)
+    for method in ("lfd2", "loss"):
+        with pytest.raises(UsageError, match="far needs a context of at least"):
+            Far(Far.Config(method=method)).observed((0,))
+
+
 # -------------------------------------------------------------- without noise
 
 

@@ -120,3 +120,8 @@ def test_reads_what_zarr_writes(shape: tuple[int, int, int], data: st.DataObject
             trajectory.read(at_runs, at_steps, start, stop), truth[at_runs][:, at_steps, start:stop]
         )
         np.testing.assert_array_equal(trajectory.read(range(shape[0]), range(shape[1])), truth)
+        # As many of each as a chunk holds, wherever they lie.
+        inner = trajectory.describe()["chunk"]
+        at_runs = data.draw(st.permutations(range(shape[0])))[: inner[0]]
+        at_steps = data.draw(st.permutations(range(shape[1])))[: inner[1]]
+        np.testing.assert_array_equal(trajectory.read(at_runs, at_steps), truth[at_runs][:, at_steps])
