@@ -38,6 +38,9 @@ _SIMULATIONS, _FAR_SIMULATIONS = 64, 8
 """Noisy simulations of a prefix, and of the far longer way to the targets."""
 _ROUNDS, _MOST_ROUNDS, _STEPS = 12, 40, 20
 """Rounds of EM, and where there is no noise; steps from the prior to a new run's θ."""
+_SPREAD, _SPREAD_ALONE = 0.3, 0.1
+"""How much the factors of H vary between runs at first, of the largest. Ends alone hardly show that any do: what is not
+given then is not taken away again."""
 _REACH = 0.3
 """Linearised over so many posterior standard deviations."""
 _FACTORS = (0.1, 0.5, 1.0, 2.0)
@@ -266,7 +269,8 @@ def identify(experiment: Experiment, prefix_RCD: Tensor, final_RD: Tensor) -> Id
     ends = _Observed(experiment, start_RD, last, final_RD, _FAR_SIMULATIONS)
     first = ends if alone else _Observed(experiment, start_RD, experiment.seen, seen_RN, _SIMULATIONS)
     theta_RP, curvature = _first_guess(first, final_RD.mean(0).expand(runs, -1) if alone else final_RD)
-    spread_PP = torch.diag((0.3 * theta_RP[:, size:].abs().amax()).square().expand(theta_RP.shape[1])).clone()
+    spread = (_SPREAD_ALONE if alone else _SPREAD) * theta_RP[:, size:].abs().amax()
+    spread_PP = torch.diag(spread.square().expand(theta_RP.shape[1])).clone()
     spread_PP[:size, :size] = torch.cov(final_RD.T) + experiment.precision**2 * torch.eye(size, dtype=torch.float64)
     excess = 0.5 * curvature * (start_RD - final_RD).square().sum(-1).mean()
     most = torch.stack([_MOST_NOISE * excess, torch.tensor(_MOST_NOISE, dtype=torch.float64)])

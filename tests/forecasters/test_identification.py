@@ -329,7 +329,7 @@ def test_from_w_0_alone_w_n_is_kept_where_it_is_nearer_than_the_mean() -> None:
 
 
 def test_from_one_snapshot_far_needs_a_rule() -> None:
-    with pytest.raises(UsageError, match="far: from a single snapshot nothing but identification .*name no update rule"):
+    with pytest.raises(UsageError, match=r"far: from a single snapshot .*: the stores name no update rule"):
         alone_on(trained("sgd", *quadratics(6, 17)), None)
     for method in ("lfd2", "loss"):
         with pytest.raises(UsageError, match="far needs a context of at least"):
