@@ -30,7 +30,6 @@ from farcli.verbs.plot import saved_figure, saved_panels
 
 Rows = list[dict[str, Any]]
 CONTEXT = 5
-CORRECTED = {"units": "corrected", "path": "w_n"}
 
 PUBLISHED = {
     "cnn": {
@@ -112,8 +111,8 @@ def table2(arguments: argparse.Namespace) -> None:
     shared = {"lr": "1e-3", **updates}
     methods = [
         Asked(label="GFM as printed", method="gfm", published="GFM", options=updates),
-        Asked(label="GFM corrected", method="gfm", options={**CORRECTED, **updates}),
-        Asked(label="GFM shared (ours)", method="gfm", options={**CORRECTED, "channels": "shared",
+        Asked(label="GFM corrected", method="gfm", options={**gfm_tables.CORRECTED, **updates}),
+        Asked(label="GFM shared (ours)", method="gfm", options={**gfm_tables.CORRECTED, "channels": "shared",
                                                                  "batch": "1024", **shared}),
         Asked(label="Introspection", method="introspection", published="Introspection", options=shared),
         Asked(label="DLinear", method="dlinear", published="DLinear", options=shared),
@@ -182,7 +181,7 @@ def figure2(arguments: argparse.Namespace) -> None:
     optimisers = gfm_tables.OPTIMISERS if arguments.full else ("sgd", "adam")
     methods = {
         "GFM as printed": gfm_tables.fitted("gfm", path="w_0", epochs=arguments.epochs),
-        "GFM corrected": gfm_tables.fitted("gfm", epochs=arguments.epochs, **CORRECTED),
+        "GFM corrected": gfm_tables.fitted("gfm", epochs=arguments.epochs, **gfm_tables.CORRECTED),
         "LFD-2 solved": gfm_tables.lfd2_ridge,
         "train mean": lambda cell: np.broadcast_to(cell.train_RD.mean(0), cell.test_RD.shape),
         "w_n": lambda cell: cell.test_RCD[:, -1],
@@ -245,7 +244,7 @@ def figure3(arguments: argparse.Namespace) -> None:
     last, train, test = 199, 30, 20
     methods = [
         Asked(label="GFM as printed", method="gfm", options={"epochs": str(arguments.epochs)}),
-        Asked(label="GFM corrected", method="gfm", options={"epochs": str(arguments.epochs), **CORRECTED}),
+        Asked(label="GFM corrected", method="gfm", options={"epochs": str(arguments.epochs), **gfm_tables.CORRECTED}),
         Asked(label="LFD-2 shared", method="lfd2"),
         Asked(label="far", method="far"),
         Asked(label="train mean", method="mean"),

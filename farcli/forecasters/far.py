@@ -49,8 +49,6 @@ _LARGEST_BY_LOSS = 1_000_000
 takes thousands of forward passes."""
 _PART = 1 << 20
 """Coordinates forecast at once where forecasts are judged: LFD-2 takes them in float64."""
-_PAIR, _ALONE = "lfd2.", "mean."
-"""What the names of tensors begin with that are LFD-2's, or the train mean's."""
 _KEEP, _LFD2, _LEAP = 0, 1, 2
 """What may be forecast at a horizon."""
 _EXACT, _MOST_UNEXPLAINED = 0.01, 0.1
@@ -322,6 +320,10 @@ class Far(SolvedForecaster):
                 return tuple(sorted({steps_C[0], steps_C[-1]}))
 
     @property
+    def _plain_name(self) -> str:
+        return "mean" if isinstance(self._plain[0], Mean) else "lfd2"
+
+    @property
     def _leaps(self) -> LossLfd:
         return LossLfd(LossLfd.Config(updates=self._config.updates, trends=self._config.trends))
 
@@ -416,7 +418,7 @@ class Far(SolvedForecaster):
         with _named():
             solved: list[Lfd2 | Mean] = [candidate.solved(problem, own) for candidate in self._plain]
         if len(solved) > 1:
-            solved = [min(solved, key=_error_left_out)]
+            solved = [min(solved, key=lambda candidate: float(_left_out(candidate).errors_RKH.sum()))]
         plain = solved[0]
         fitted = type(self)(self._config)
         fitted._problem, fitted._reason, fitted._plain = problem, self._reason, (plain,)
@@ -427,9 +429,6 @@ class Far(SolvedForecaster):
             left = _left_out(plain)
             useful_H = left.errors_RKH.sum((0, 1)) < left.persistence_RKH.sum((0, 1))
             fitted._choice_H = torch.where(useful_H, _LFD2, _KEEP)
-        else:
-            assert isinstance(sums, Runs)
-            fitted._choice_H = _chosen(fitted._plain_without_each(problem, sums) - sums.truth_RHD, sums)
         if isinstance(sums, Runs):
             try:
                 fitted._identify(problem, sums)
@@ -485,6 +484,8 @@ class Far(SolvedForecaster):
         std_HD = truth_RHD.std(0, correction=0)
         bounds_2HD = torch.stack([truth_RHD.amin(0) - _MARGIN * std_HD, truth_RHD.amax(0) + _MARGIN * std_HD])
         theirs_RHD = self._plain_without_each(problem, sums)
+        if self._choice_H is None:  # the mean alone would be judged so, should identification fail
+            self._choice_H = _chosen(theirs_RHD - truth_RHD, sums)
         if not self._solve_without_noise(problem, rounding, bounds_2HD, prefix_RCD, truth_RHD, theirs_RHD):
             experiment = self._experiment(problem, max(1e-9 * moved, rounding, 1e-30))
             found = identify(experiment, prefix_RCD, truth_RHD[:, -1])
@@ -566,14 +567,13 @@ class Far(SolvedForecaster):
     def notes(self) -> dict[str, str | float | list[float]]:
         """Which method and why; the steps at which w_n is kept, and why, or leaps are made; LFD-2's share."""
         problem, choice_H = require_fitted("far", self._problem), require_fitted("far", self._choice_H)
-        plain = "mean" if isinstance(self._plain[0], Mean) else "lfd2"
 
         def at(choice: int) -> list[float]:
             pairs = zip(problem.steps_H, choice_H.tolist(), strict=True)
             return [float(step) for step, chosen in pairs if chosen == choice]
 
         found: dict[str, str | float | list[float]] = {
-            "chosen": "identify" if self._physics else self._config.method.replace("identify", plain),
+            "chosen": "identify" if self._physics else self._config.method.replace("identify", self._plain_name),
             "because": self._reason,
             "keeps_w_n_at": at(_KEEP),
         }
@@ -587,7 +587,7 @@ class Far(SolvedForecaster):
             found["leaps_at"] = at(_LEAP)
         if self._physics is not None:
             found["noise"] = "none" if self._physics.population is None else "estimated"
-            found[f"share_of_{plain}"] = self._physics.share_H.tolist()
+            found[f"share_of_{self._plain_name}"] = self._physics.share_H.tolist()
         return found
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
@@ -656,9 +656,8 @@ class Far(SolvedForecaster):
     def tensors(self) -> dict[str, Tensor]:
         """LFD-2's and the leap's, what is chosen at each horizon, and what was identified."""
         choice_H = require_fitted("far", self._choice_H)
-        lead = _ALONE if isinstance(self._plain[0], Mean) else _PAIR
         found = {"choice": choice_H.double()}
-        found |= {lead + key: value for key, value in self._plain[0].tensors().items()}
+        found |= {f"{self._plain_name}.{key}": value for key, value in self._plain[0].tensors().items()}
         if self._leap is not None:
             found |= {f"leap.{key}": value for key, value in self._leap.forecaster.tensors().items()}
             found |= {"leap_width": require_fitted("far", self._leap.width_SH).contiguous()}
@@ -695,11 +694,11 @@ class Far(SolvedForecaster):
         if "kept_width" in tensors:
             width_SH = stored("far", tensors, "kept_width", (len(problem.layout.floats), horizons))
             fitted._kept = _Kept(scale_S=torch.ones(len(width_SH)), width_SH=width_SH)
-        if len(problem.steps_C) == 1:
-            own = {key.removeprefix(_ALONE): value for key, value in tensors.items() if key.startswith(_ALONE)}
+        lead = "mean." if len(problem.steps_C) == 1 else "lfd2."
+        own = {key.removeprefix(lead): value for key, value in tensors.items() if key.startswith(lead)}
+        if lead == "mean.":
             fitted._plain = (Mean.restore(Mean.Config(), problem, own),)
         else:
-            own = {key.removeprefix(_PAIR): value for key, value in tensors.items() if key.startswith(_PAIR)}
             grouped = "delta" in own and len(own["delta"]) > 1
             inner = _lfd2("tensor" if grouped else "none", intervals="width" in own)
             fitted._plain = (type(inner).restore(inner.config, problem, own),)
@@ -747,14 +746,10 @@ def _lfd2(groups: Literal["none", "tensor"], *, intervals: bool = True) -> Lfd2:
     return Lfd2(Lfd2.Config(ridge="loo", guard=True, intervals=intervals, groups=groups))
 
 
-def _left_out(fitted: Lfd2) -> LeftOut:
-    assert fitted.left_out is not None
-    return fitted.left_out
-
-
-def _error_left_out(candidate: Lfd2 | Mean) -> float:
+def _left_out(candidate: Lfd2 | Mean) -> LeftOut:
     assert isinstance(candidate, Lfd2)
-    return float(_left_out(candidate).errors_RKH.sum())
+    assert candidate.left_out is not None
+    return candidate.left_out
 
 
 def _chosen(error_RHD: Tensor, sums: Runs) -> Tensor:

@@ -268,6 +268,7 @@ def identify(experiment: Experiment, prefix_RCD: Tensor, final_RD: Tensor) -> Id
     runs, size = start_RD.shape
     ends = _Observed(experiment, start_RD, last, final_RD, _FAR_SIMULATIONS)
     first = ends if alone else _Observed(experiment, start_RD, experiment.seen, seen_RN, _SIMULATIONS)
+    observed = (ends,) if alone else (first, ends)
     theta_RP, curvature = _first_guess(first, final_RD.mean(0).expand(runs, -1) if alone else final_RD)
     spread = (_SPREAD_ALONE if alone else _SPREAD) * theta_RP[:, size:].abs().amax()
     spread_PP = torch.diag(spread.square().expand(theta_RP.shape[1])).clone()
@@ -286,7 +287,6 @@ def identify(experiment: Experiment, prefix_RCD: Tensor, final_RD: Tensor) -> Id
             break
         noise = _noise_level(first, theta_RP, population, width_RP, most)
         population = replace(population, noise=noise)
-        observed = (ends,) if alone else (first, ends)
         theta_RP, posterior_RPP = _improved(theta_RP, width_RP, population, observed)
         width_RP = _width(posterior_RPP, population)
         mean_P, covariance_PP = _moments(theta_RP, posterior_RPP)
@@ -345,8 +345,9 @@ def forecast(experiment: Experiment, population: Population, prefix_RCD: Tensor)
     )
     uncertain_RNN = near.slope_RNP @ posterior_RPP @ near.slope_RNP.mT + near.noise_RNN
     shape = (len(experiment.targets), start_RD.shape[-1])
+    _require_finite(near.value_RN, uncertain_RNN)
     std_RN = uncertain_RNN.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    return _finite(near.value_RN.unflatten(1, shape), std_RN.unflatten(1, shape))
+    return near.value_RN.unflatten(1, shape), std_RN.unflatten(1, shape)
 
 
 def _drawn(experiment: Experiment, population: Population, start_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -364,13 +365,14 @@ def _drawn(experiment: Experiment, population: Population, start_RD: Tensor) -> 
         population.noise,
         _draws(targets[-1], _STARTS, 1, size, len(targets)).expand(-1, *many),
     )
-    return _finite(found_SRHD.mean(0), found_SRHD.std(0))
-
-
-def _finite(found_RHD: Tensor, std_RHD: Tensor) -> tuple[Tensor, Tensor]:
-    if not bool(found_RHD.isfinite().all() & std_RHD.isfinite().all()):
-        raise ArithmeticError("the optimiser diverges on the quadratics that explain these runs")
+    found_RHD, std_RHD = found_SRHD.mean(0), found_SRHD.std(0)
+    _require_finite(found_RHD, std_RHD)
     return found_RHD, std_RHD
+
+
+def _require_finite(*forecasts: Tensor) -> None:
+    if not all(bool(part.isfinite().all()) for part in forecasts):
+        raise ArithmeticError("the optimiser diverges on the quadratics that explain these runs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=False)
