@@ -246,7 +246,7 @@ class Known:
 
     Attributes:
         optimizer: the update rule of all training runs, constant over training; None where the stores do not say.
-        loss: their training loss; None where no workload is named.
+        loss: their training loss; None where no workload is named, a FarcliError where it cannot be built here.
     """
 
     optimizer: Callable[[], UpdateRule | None] = lambda: None
@@ -267,6 +267,10 @@ class FittedForecaster(Forecaster):
     def notes(self) -> dict[str, str | float | list[float]]:
         """What a user should know of how it was fitted, by name; goes into the row that `fit` returns and its file."""
         return {}
+
+    def warning(self, known: Known) -> str:
+        """Why its forecasts of other runs may mislead, going by what is known of these; empty where nothing says so."""
+        return ""
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, final
 import torch
 from torch import Tensor
 
-from farcli.errors import FarcliError, ResourceError, UsageError
+from farcli.errors import FarcliError, UsageError
 from farcli.forecasters import noiseless
 from farcli.forecasters.base import (
     Coupling,
@@ -26,7 +26,14 @@ from farcli.forecasters.base import (
     require_future,
     stored,
 )
-from farcli.forecasters.identification import UNEXPLAINED, Experiment, Population, forecast, identify
+from farcli.forecasters.identification import (
+    UNEXPLAINED,
+    Experiment,
+    Population,
+    forecast,
+    forecast_left_out,
+    identify,
+)
 from farcli.forecasters.intervals import CountedErrors, quantile
 from farcli.forecasters.leave_one_out import LeftOut, require_runs
 from farcli.forecasters.lfd2 import Lfd2
@@ -239,8 +246,8 @@ class Far(SolvedForecaster):
 
     Source: ours; the parts' sources stand where they are.
     Differs: in leaving a run out of an identified population its moments are taken out; the other runs' estimates, the
-    noise, the first guess and the bounds, which saw it, stay as they are. With 10 training runs and fewer the left-out
-    errors are therefore too small (Adam from w_0 alone: .37 of those on new runs with 5, .85 with 10).
+    noise, the first guess and the bounds, which saw it, stay as they are. From w_0 alone, with 10 training runs and
+    fewer, that would make errors on runs left out too small: there the others are identified anew without each.
     """
 
     reference = "ours: optimiser-aware identification of tiny runs, guarded LFD-2 otherwise, w_n where neither helps"
@@ -284,6 +291,8 @@ class Far(SolvedForecaster):
         self._kept: _Kept | None = None
         self._leaps_coupling = Coupling.COORDINATEWISE
         self._choice_H: Tensor | None = None
+        self._width_HD: Tensor | None = None
+        """Half-widths of 90 % intervals of the train mean."""
         self._reason = ""
 
     @property
@@ -387,8 +396,8 @@ class Far(SolvedForecaster):
             try:
                 PrefixRows.require_room(replace(problem, steps_C=self._leaps.observed(problem.steps_C)))
                 self._loss = known.loss()
-                against = "" if self._loss else "the stores name no workload that can be built here"
-            except ResourceError as error:
+                against = "" if self._loss else "the stores name no workload"
+            except FarcliError as error:
                 against = str(error).removesuffix(".")
         if against and self._config.method == "loss":
             raise UsageError(f"far: method = loss cannot be: {against}.", "Leave method at auto.")
@@ -486,10 +495,11 @@ class Far(SolvedForecaster):
         theirs_RHD = self._plain_without_each(problem, sums)
         if self._choice_H is None:  # the mean alone would be judged so, should identification fail
             self._choice_H = _chosen(theirs_RHD - truth_RHD, sums)
+            self._width_HD = quantile((theirs_RHD - truth_RHD).flatten(1)).view_as(std_HD)
         if not self._solve_without_noise(problem, rounding, bounds_2HD, prefix_RCD, truth_RHD, theirs_RHD):
             experiment = self._experiment(problem, max(1e-9 * moved, rounding, 1e-30))
-            found = identify(experiment, prefix_RCD, truth_RHD[:, -1])
-            ours_RHD, std_RHD = forecast(experiment, found.without_each(), prefix_RCD)
+            found = identify(experiment, prefix_RCD, truth_RHD)
+            ours_RHD, std_RHD = forecast_left_out(experiment, found, prefix_RCD, truth_RHD)
             ours_RHD = ours_RHD.clamp(*bounds_2HD)
             belief = _BELIEF if experiment.seen else _BELIEF_ALONE
             share_H = _share(ours_RHD - truth_RHD, theirs_RHD - truth_RHD, belief)
@@ -590,6 +600,15 @@ class Far(SolvedForecaster):
             found[f"share_of_{self._plain_name}"] = self._physics.share_H.tolist()
         return found
 
+    def warning(self, known: Known) -> str:
+        """That these runs were trained by another rule than the one that is run on."""
+        if self._physics is None:
+            return ""
+        own, theirs = self._physics.experiment.rule, known.optimizer()
+        if theirs is None or theirs == own:
+            return ""
+        return f"runs the optimiser on ({own.text}), but these runs were trained by another ({theirs.text})."
+
     def coefficients(self) -> list[dict[str, str | int | float]]:
         """Those of LFD-2."""
         require_fitted("far", self._problem)
@@ -615,6 +634,9 @@ class Far(SolvedForecaster):
         rows_H = self._rows(prefix, steps_H)
         physics = self._physics
         if physics is None:
+            if self._width_HD is not None:
+                width_HD = self._width_HD[rows_H].to(prefix.weights_BCD)
+                return width_HD.expand(len(prefix.weights_BCD), -1, -1)
             half_BHD = self._plain[0].half_width(prefix, steps_H)
             choice_H1 = require_fitted("far", self._choice_H)[rows_H, None]
             for choice, own in ((_LEAP, self._leap), (_KEEP, self._kept)):
@@ -639,8 +661,8 @@ class Far(SolvedForecaster):
             problem.require_layout("far", prefix.layout)
         if self._physics is not None and prefix.steps_C != problem.steps_C:
             raise UsageError(
-                f"far was fitted on snapshots at steps {', '.join(map(str, problem.steps_C))}, but this context has "
-                f"{', '.join(map(str, prefix.steps_C))}: the optimiser's state is known from its start alone.",
+                f"far was fitted on snapshots at {_steps(problem.steps_C)}, but this context has "
+                f"{_steps(prefix.steps_C)}: the optimiser's state is known from its start alone.",
                 "Give the context it was fitted on, or fit with a --context of 2 or more and --set method=lfd2.",
             )
         shift = prefix.steps_C[-1] - problem.steps_C[-1]
@@ -664,7 +686,7 @@ class Far(SolvedForecaster):
         if self._kept is not None:
             found |= {"kept_width": require_fitted("far", self._kept.width_SH).contiguous()}
         if (physics := self._physics) is None:
-            return found
+            return found if self._width_HD is None else found | {"width": self._width_HD.contiguous()}
         found |= {
             "precision": torch.tensor([physics.experiment.precision], dtype=torch.float64),
             "share": physics.share_H.contiguous(),
@@ -702,6 +724,8 @@ class Far(SolvedForecaster):
             grouped = "delta" in own and len(own["delta"]) > 1
             inner = _lfd2("tensor" if grouped else "none", intervals="width" in own)
             fitted._plain = (type(inner).restore(inner.config, problem, own),)
+        if "width" in tensors:
+            fitted._width_HD = stored("far", tensors, "width", (horizons, size))
         if "precision" in tensors:
             unknowns = noiseless.unknowns(size)
             population = None
@@ -740,6 +764,10 @@ def _identified(physics: _Physics, prefix_RCD: Tensor) -> tuple[Tensor, Tensor, 
         found_RHD = prefix_RCD[:, -1:].repeat(1, len(experiment.targets), 1)
         std_RHD, sound_R = torch.ones_like(found_RHD), torch.zeros(len(prefix_RCD), dtype=torch.bool)
     return torch.nan_to_num(found_RHD).clamp(*bounds_2HD), std_RHD, sound_R
+
+
+def _steps(steps: Sequence[int]) -> str:
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(map(str, steps))}"
 
 
 def _lfd2(groups: Literal["none", "tensor"], *, intervals: bool = True) -> Lfd2:

@@ -12,14 +12,16 @@ with y the snapshots after w_0 (and, in training, the last target), f the mean o
 their covariance. f is linearised over the posterior's own width (statistical linearisation, Särkkä 2013, section 5.3):
 an update like Adam's first, lr·sign(g), has no useful derivative at a point.
 
-Where w_0 is all that is seen, the last targets alone say what runs have in common, and a new run's forecast is the mean
-over θ drawn from that: how far the optimiser gets from w_0 is known, though not where the run is going.
+Where w_0 is all that is seen, some of the targets say what runs have in common, beginning with the one θ that explains
+them best for all runs; and a new run's forecast is the mean over θ drawn from that: how far the optimiser gets from w_0
+is known, though not where the run is going.
 
-Source: noise ∝ loss × Hessian, Mori et al. (arXiv 2105.09557); empirical Bayes by EM, Dempster et al. (1977).
+Source: noise ∝ loss × Hessian, Mori et al. (arXiv 2105.09557); empirical Bayes by EM, Dempster et al. (1977); least
+squares by damped steps, Levenberg (1944) and Marquardt (1963), believed as Schwarz (1978).
 Differs: none of the papers on forecasting weights identifies the system; this is ours (SCIENCE, section 7).
 
 Shape suffixes: R runs, D coordinates, P = D + D(D + 1)/2 unknowns of a run, U updates, S simulations, N numbers
-observed of a run, Q candidates, H targets.
+observed of a run, M numbers observed of all, Q candidates, H targets.
 """
 
 from collections.abc import Sequence
@@ -50,6 +52,17 @@ _MOST_NOISE = 1.0
 _STARTS = 256
 """Draws from the population: a new run's first θ is one of them, and its forecast the mean of theirs where w_0 is all
 that is seen."""
+_LOOKED_AT = 4
+"""Targets that say what runs have in common, where w_0 is all that is seen: ends alone leave open whether a run goes
+slowly or not far."""
+_FEW = 10
+"""Training runs up to which the others are identified anew without each, where w_0 is all that is seen: how errors on
+runs left out compare with those on new ones was measured (`scripts/LOG.md`)."""
+_ROOM = 1 << 24
+"""Numbers that forecasts may take at once: 128 MiB."""
+_DAMPINGS, _TRIES, _SMALL, _GAIN = (1e-6, 1e-2, 1.0, 1e2, 1e4), 40, 1e-4, 1e-6
+"""Least squares: dampings tried at each step; at most so many steps; differences, in units of each unknown; the part of
+the squared error that a step must gain."""
 _SHARES = (1.0, 0.5, 0.1, 0.01, 0.0)
 """A step is shortened to one of these, whichever explains best."""
 _QUIET = 1e-3
@@ -91,6 +104,12 @@ class Population:
     mean_RP: Tensor
     covariance_RPP: Tensor
     noise: Tensor
+
+    def of(self, runs: Tensor) -> "Population":
+        """That of some of the runs, by position."""
+        if len(self.mean_RP) == 1:
+            return self
+        return replace(self, mean_RP=self.mean_RP[runs], covariance_RPP=self.covariance_RPP[runs])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,24 +271,29 @@ def _moments(theta_RP: Tensor, posterior_RPP: Tensor) -> tuple[Tensor, Tensor]:
     return mean_P, covariance_PP + torch.diag((1e-6 * scale_P).square())
 
 
-def identify(experiment: Experiment, prefix_RCD: Tensor, final_RD: Tensor) -> Identified:
+def identify(experiment: Experiment, prefix_RCD: Tensor, truth_RHD: Tensor) -> Identified:
     """Estimate the population from training runs.
 
     Args:
         experiment: what was done.
         prefix_RCD: w_0 … w_n, float64.
-        final_RD: weights at the last target.
+        truth_RHD: weights at the targets, of which the last is looked at, and some more where w_0 is all that is seen.
 
     Raises:
         ArithmeticError: no population explains the runs: the estimate diverged.
     """
-    last, alone = (experiment.targets[-1],), not experiment.seen
-    start_RD, seen_RN = prefix_RCD[:, 0], prefix_RCD[:, 1:].flatten(1)
+    alone, places = not experiment.seen, [len(experiment.targets) - 1]
+    start_RD, seen_RN, final_RD = prefix_RCD[:, 0], prefix_RCD[:, 1:].flatten(1), truth_RHD[:, -1]
     runs, size = start_RD.shape
-    ends = _Observed(experiment, start_RD, last, final_RD, _FAR_SIMULATIONS)
+    if alone:  # evenly spread, the last among them
+        places = sorted({-(-len(experiment.targets) * part // _LOOKED_AT) - 1 for part in range(1, _LOOKED_AT + 1)})
+    marks = tuple(experiment.targets[place] for place in places)
+    ends = _Observed(experiment, start_RD, marks, truth_RHD[:, places].flatten(1), _FAR_SIMULATIONS)
     first = ends if alone else _Observed(experiment, start_RD, experiment.seen, seen_RN, _SIMULATIONS)
     observed = (ends,) if alone else (first, ends)
     theta_RP, curvature = _first_guess(first, final_RD.mean(0).expand(runs, -1) if alone else final_RD)
+    if alone:
+        theta_RP = _common(ends, theta_RP[0], curvature).expand(runs, -1)
     spread = (_SPREAD_ALONE if alone else _SPREAD) * theta_RP[:, size:].abs().amax()
     spread_PP = torch.diag(spread.square().expand(theta_RP.shape[1])).clone()
     spread_PP[:size, :size] = torch.cov(final_RD.T) + experiment.precision**2 * torch.eye(size, dtype=torch.float64)
@@ -330,6 +354,50 @@ def forecast(experiment: Experiment, population: Population, prefix_RCD: Tensor)
     Raises:
         ArithmeticError: the estimate diverged.
     """
+    at_once = max(1, _ROOM // _numbers(experiment, prefix_RCD.shape[-1]))
+    parts = torch.arange(len(prefix_RCD)).split(at_once)
+    found = [_forecast(experiment, population.of(part), prefix_RCD[part]) for part in parts]
+    weights_RHD, std_RHD = (torch.cat(each) for each in zip(*found, strict=True))
+    _require_finite(weights_RHD, std_RHD)
+    return weights_RHD, std_RHD
+
+
+def _numbers(experiment: Experiment, size: int) -> int:
+    """How many numbers the forecast of one run takes."""
+    forecast = len(experiment.targets) * size
+    if not experiment.seen:
+        return _STARTS * forecast
+    simulations, unknowns = 2 * _FAR_SIMULATIONS, size + size * (size + 1) // 2
+    return simulations * ((2 * unknowns + 1) * forecast + experiment.targets[-1] * size) + 3 * forecast**2
+
+
+def forecast_left_out(
+    experiment: Experiment, found: Identified, prefix_RCD: Tensor, truth_RHD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `forecast` says of each training run, as far as it can be told without it.
+
+    Args:
+        experiment: what was done.
+        found: what was identified on all of them.
+        prefix_RCD: what `identify` got.
+        truth_RHD: likewise.
+
+    Raises:
+        ArithmeticError: an estimate diverged.
+    """
+    runs = len(prefix_RCD)
+    if experiment.seen or runs > _FEW:
+        return forecast(experiment, found.without_each(), prefix_RCD)
+    each = []
+    for run in range(runs):
+        others = torch.arange(runs) != run
+        population = identify(experiment, prefix_RCD[others], truth_RHD[others]).population
+        each.append(forecast(experiment, population, prefix_RCD[run : run + 1]))
+    weights_RHD, std_RHD = (torch.cat(part) for part in zip(*each, strict=True))
+    return weights_RHD, std_RHD
+
+
+def _forecast(experiment: Experiment, population: Population, prefix_RCD: Tensor) -> tuple[Tensor, Tensor]:
     start_RD = prefix_RCD[:, 0]
     if not experiment.seen:
         return _drawn(experiment, population, start_RD)
@@ -345,7 +413,7 @@ def forecast(experiment: Experiment, population: Population, prefix_RCD: Tensor)
     )
     uncertain_RNN = near.slope_RNP @ posterior_RPP @ near.slope_RNP.mT + near.noise_RNN
     shape = (len(experiment.targets), start_RD.shape[-1])
-    _require_finite(near.value_RN, uncertain_RNN)
+    _require_finite(uncertain_RNN)
     std_RN = uncertain_RNN.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     return near.value_RN.unflatten(1, shape), std_RN.unflatten(1, shape)
 
@@ -365,9 +433,7 @@ def _drawn(experiment: Experiment, population: Population, start_RD: Tensor) -> 
         population.noise,
         _draws(targets[-1], _STARTS, 1, size, len(targets)).expand(-1, *many),
     )
-    found_RHD, std_RHD = found_SRHD.mean(0), found_SRHD.std(0)
-    _require_finite(found_RHD, std_RHD)
-    return found_RHD, std_RHD
+    return found_SRHD.mean(0), found_SRHD.std(0)
 
 
 def _require_finite(*forecasts: Tensor) -> None:
@@ -514,3 +580,45 @@ def _first_guess(observed: _Observed, optimum_RD: Tensor) -> tuple[Tensor, float
     if not best[0] < torch.inf:
         raise ArithmeticError("the optimiser diverges on every quadratic")
     return best[1], best[2]
+
+
+def _common(observed: _Observed, guess_P: Tensor, curvature: float) -> Tensor:
+    """The one θ that explains all runs best, by least squares; the guess where that explains them nearly as well.
+
+    An unknown counts in a unit of its own: w* in the distance from w_0 to its guess, the factor of H in √h. A shift by
+    one unit weighs as much as an average residual: it stops what no run says anything of, as the size of H under rules
+    that ignore the gradient's. So many unknowns also follow the noise of runs that have arrived: the gain must be more
+    than Schwarz's criterion (1978) asks for them, the numbers of a run counted once, whatever the targets.
+    """
+    size, start_RD, numbers_RN = observed.start_RD.shape[-1], observed.start_RD, observed.numbers_RN
+    distance = (start_RD - guess_P[:size]).square().mean().sqrt()
+    unit_P = torch.full_like(guess_P, curvature**0.5)
+    unit_P[:size] = torch.where(distance > 0, distance, 1.0)
+
+    def residuals(shift_QP: Tensor) -> Tensor:
+        theta_Q1P = (guess_P + unit_P * shift_QP)[:, None]
+        many = (len(shift_QP), *start_RD.shape)
+        theta_QRP = theta_Q1P.expand(*many[:2], -1)
+        found_QRN = simulate(observed.experiment.rule, theta_QRP, start_RD.expand(many), observed.marks).flatten(-2)
+        return (found_QRN - numbers_RN).flatten(1)
+
+    shift_P = torch.zeros_like(guess_P)
+    small_PP = _SMALL * torch.eye(len(guess_P), dtype=torch.float64)
+    for _ in range(_TRIES):
+        now_M = residuals(shift_P[None])[0]
+        slope_PM = (residuals(shift_P + small_PP) - residuals(shift_P - small_PP)) / (2 * _SMALL)
+        variance = now_M.square().mean() + (_NARROWEST * unit_P[0]).square()
+        curvature_PP = slope_PM @ slope_PM.T + variance * torch.eye(len(guess_P), dtype=torch.float64)
+        pull_P = slope_PM @ now_M + variance * shift_P
+        own_PP = torch.diag(curvature_PP.diagonal())
+        step_QP = torch.stack([torch.linalg.solve(curvature_PP + part * own_PP, pull_P) for part in _DAMPINGS])
+        next_QP = torch.cat([shift_P[None], shift_P - step_QP])
+        error_Q = residuals(next_QP).square().sum(1) + variance * next_QP.square().sum(1)
+        best = torch.nan_to_num(error_Q, nan=torch.inf).argmin()
+        if not bool(error_Q[best] < (1 - _GAIN) * error_Q[0]):
+            break
+        shift_P = next_QP[best]
+    error_Q = residuals(torch.stack([torch.zeros_like(shift_P), shift_P])).square().sum(1)
+    numbers = torch.tensor(start_RD.numel(), dtype=torch.float64)
+    gains = bool(numbers * (error_Q[0] / error_Q[1]).log() > len(guess_P) * numbers.log())
+    return guess_P + unit_P * shift_P if gains else guess_P

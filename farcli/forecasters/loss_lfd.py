@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from farcli.config import format_size
-from farcli.errors import ResourceError, UsageError
+from farcli.errors import FarcliError, ResourceError, UsageError
 from farcli.forecasters.base import (
     Coupling,
     Known,
@@ -273,11 +273,13 @@ class LossLfd(SolvedForecaster):
         Raises:
             UsageError: there is none, or too few runs to leave some out.
         """
-        if (loss := known.loss()) is None:
-            raise UsageError(
-                "loss-lfd: the stores name no workload that can be built here, so there is no loss to fit on.",
-                "Use lfd2, which is fitted on weights.",
-            )
+        instead = "Use lfd2, which is fitted on weights."
+        try:
+            loss = known.loss()
+        except FarcliError as error:
+            raise UsageError(f"loss-lfd: no loss to fit on: {error}", error.hint or instead) from error
+        if loss is None:
+            raise UsageError("loss-lfd: no loss to fit on: the stores name no workload.", instead)
         if problem.runs < LEAST_RUNS:
             raise UsageError(
                 f"loss-lfd: leaving runs out needs at least {LEAST_RUNS} training runs, found {problem.runs}.",

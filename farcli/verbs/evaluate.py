@@ -40,6 +40,7 @@ from farcli.forecasting import (
 from farcli.policies import Buffers, EvalBuffers
 from farcli.store import Trajectory, is_store
 from farcli.stream import Source, Stream, resolve_device
+from farcli.verbs.update_rule import warning_of
 from farcli.verbs.weighed import Weighed, weighed_rows
 
 CLIMATOLOGIES: dict[str, type[Climatology]] = {"mean": Mean, "drift": Drift}
@@ -294,6 +295,8 @@ def _prepare(
             check_targets(candidate.method, setting.steps_H)
             if candidate.method.diverged:
                 warn(f"{candidate.method.source}: holds the best state of a fit that diverged.")
+            if text := warning_of(candidate.method, setting.source, setting.steps_H[-1]):
+                warn(text)
     return named, setting
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farcli.artefact import Artefact, build, load, save
-from farcli.errors import FarcliError, NonFiniteError, ResourceError, UsageError
+from farcli.errors import NonFiniteError, ResourceError, UsageError
 from farcli.files import check_outcome
 from farcli.fitting.descent import DivergedError, Saved, descend
 from farcli.fitting.networks import require_room
@@ -29,12 +29,12 @@ from farcli.forecasters.base import (
     Sums,
     TrainedForecaster,
 )
-from farcli.forecasters.update_rules import UpdateRule
 from farcli.forecasting import TrainingData, check_context, choose_context, choose_targets, require_same_network
 from farcli.provenance import provenance
-from farcli.stream import Block, Source, Stream, open_sources, require_finite, resolve_device
-from farcli.training import threads, workload_of
+from farcli.stream import Block, Stream, open_sources, require_finite, resolve_device
+from farcli.training import threads
 from farcli.verbs.training_loss import training_loss
+from farcli.verbs.update_rule import update_rule
 
 _MOST_THREADS = 8
 """Threads that sum up; with more, the memory bus sets the pace."""
@@ -122,7 +122,7 @@ def fit(
     )
     if isinstance(forecaster, FittedForecaster):
         known = Known(
-            optimizer=lambda: _update_rule(sources, steps_H[-1]), loss=lambda: training_loss(sources, steps_C[-1])
+            optimizer=lambda: update_rule(sources, steps_H[-1]), loss=lambda: training_loss(sources, steps_C[-1])
         )
         forecaster = forecaster.prepared(problem, known)
     problem = replaced(problem, steps_C=forecaster.observed(steps_C))
@@ -213,20 +213,6 @@ def fit(
             f"Lower the learning rate: --set lr={type(forecaster.config)().lr:g}.",
         )
     return row | {"seconds": seconds} | found
-
-
-def _update_rule(sources: Sequence[Source], last: int) -> UpdateRule | None:
-    """The update rule of all these runs up to step `last`; None where it is not known, not one, or not constant."""
-    rules = set()
-    for source in sources:
-        try:
-            workload = workload_of(source.trajectory.header)
-        except FarcliError:  # of another version, or its data are not here: then its rule is not known here
-            return None
-        if workload is None or any(workload.rate(step) != 1 for step in range(last)):
-            return None
-        rules.add(UpdateRule.of(workload.optimizer(workload.model([0]))))
-    return rules.pop() if len(rules) == 1 else None
 
 
 def _saved(output: Path) -> Path:

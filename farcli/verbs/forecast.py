@@ -26,6 +26,7 @@ from farcli.policies import Buffers
 from farcli.provenance import provenance
 from farcli.store import Trajectory, TrajectoryWriter
 from farcli.stream import Source, open_sources, resolve_device
+from farcli.verbs.update_rule import warning_of
 
 HALF_WIDTH = "half-width of a 90 % interval"
 """What a store of intervals says it holds."""
@@ -50,6 +51,7 @@ def forecast(
     dry_run: bool = False,
     partial: bool = False,
     intervals: Path | None = None,
+    warn: Callable[[str], None] = lambda text: None,
     report: Callable[[float, float, str], None] = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Forecast runs of a store from their prefix.
@@ -72,6 +74,7 @@ def forecast(
         dry_run: write nothing, return the row that would come out.
         partial: accept an unfinished store.
         intervals: another store to write: half-widths of 90 % intervals, 0 for buffers.
+        warn: called with a line the user should read.
         report: called with (done, total, text).
 
     Returns:
@@ -94,6 +97,8 @@ def forecast(
     else:
         steps_H = choose_targets(trajectory, resolved.start, targets, recorded=False)
     check_targets(resolved, steps_H)
+    if text := warning_of(resolved, source, steps_H[-1]):
+        warn(text)
     header = _header(resolved, trajectory, source, buffers)
     row = {
         "path": str(output),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from farcli.errors import FarcliError, UsageError
+from farcli.errors import UsageError
 from farcli.forecasters.base import JUDGING, TrainingLoss
 from farcli.stream import Source
 from farcli.training import Network, threads, workload_of
@@ -91,14 +91,15 @@ class WorkloadLoss(TrainingLoss):
 
 
 def training_loss(sources: Sequence[Source], step: int) -> WorkloadLoss | None:
-    """The training loss of these runs; None where their stores name no workload, or not one that can be built."""
+    """The training loss of these runs; None where their stores name no workload, or not all the same.
+
+    Raises:
+        FarcliError: the workload cannot be built here: its data are missing, or it is of another version.
+    """
     header = sources[0].trajectory.header
-    try:
-        if any(source.trajectory.header.get("workload") != header.get("workload") for source in sources):
-            return None
-        workload = workload_of(header)
-        if workload is None or not all(isinstance(source.trajectory.header.get("seeds"), list) for source in sources):
-            return None
-        return WorkloadLoss(workload, sources, step)
-    except FarcliError:
+    if any(source.trajectory.header.get("workload") != header.get("workload") for source in sources):
         return None
+    workload = workload_of(header)
+    if workload is None or not all(isinstance(source.trajectory.header.get("seeds"), list) for source in sources):
+        return None
+    return WorkloadLoss(workload, sources, step)

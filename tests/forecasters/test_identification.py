@@ -10,14 +10,24 @@ from torch import Tensor
 
 from farcli.errors import UsageError
 from farcli.fitting.solving import solve
+from farcli.forecasters import identification
 from farcli.forecasters.base import Known, Prefix, Problem
 from farcli.forecasters.far import Far
-from farcli.forecasters.identification import Experiment, forecast, identify, infer, simulate, unpack
+from farcli.forecasters.identification import (
+    Experiment,
+    forecast,
+    forecast_left_out,
+    identify,
+    infer,
+    simulate,
+    unpack,
+)
 from farcli.forecasters.update_rules import UpdateRule
 from farcli.layout import layout_of
 
 OPTIMISERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.02, "weight_decay": 0.01}),
+    "slow": (torch.optim.SGD, {"lr": 0.01}),
     "momentum": (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}),
     "adam": (torch.optim.Adam, {"lr": 0.02, "betas": (0.8, 0.99), "weight_decay": 0.01}),
     "adamw": (torch.optim.AdamW, {"lr": 0.02, "weight_decay": 0.1}),
@@ -91,7 +101,7 @@ def test_exact_quadratics_are_recovered(name: str) -> None:
     weights_RTD = trained(name, *truth)
     train, test = weights_RTD[:14], weights_RTD[14:]
     experiment = experiment_of(name)
-    population = identify(experiment, train[:, :5], train[:, -1]).population
+    population = identify(experiment, train[:, :5], train[:, [-1]]).population
     theta_RP, _ = infer(experiment, population, test[:, :5])
     optimum_RD, factor_RDD = unpack(theta_RP, 2)
     torch.testing.assert_close(optimum_RD, truth[0][14:], rtol=0, atol=5e-3)
@@ -107,7 +117,7 @@ def test_forecasts_by_scale_free_rules(name: str) -> None:
     weights_RTD = trained(name, *truth)
     train, test = weights_RTD[:16], weights_RTD[16:]
     experiment = experiment_of(name)
-    population = identify(experiment, train[:, :5], train[:, -1]).population
+    population = identify(experiment, train[:, :5], train[:, [-1]]).population
     found_RHD, _ = forecast(experiment, population, test[:, :5])
     error = (found_RHD[:, 0] - test[:, -1]).square().mean()
     assert error < 0.1 * (train[:, -1].mean(0) - test[:, -1]).square().mean()
@@ -119,7 +129,7 @@ def test_noise_is_seen_and_said() -> None:
     weights_RTD = trained("sgd", *truth, noise=0.3)
     train, test = weights_RTD[:20], weights_RTD[20:]
     experiment = experiment_of("sgd")
-    population = identify(experiment, train[:, :5], train[:, -1]).population
+    population = identify(experiment, train[:, :5], train[:, [-1]]).population
     found_RHD, std_RHD = forecast(experiment, population, test[:, :5])
     error_RD = found_RHD[:, 0] - test[:, -1]
     assert error_RD.square().mean() < 0.95 * (train[:, -1].mean(0) - test[:, -1]).square().mean()
@@ -129,7 +139,7 @@ def test_noise_is_seen_and_said() -> None:
 def test_without_each_is_the_population_of_the_others() -> None:
     truth = quadratics(8, 5)
     weights_RTD = trained("sgd", *truth)
-    found = identify(experiment_of("sgd"), weights_RTD[:, :5], weights_RTD[:, -1])
+    found = identify(experiment_of("sgd"), weights_RTD[:, :5], weights_RTD[:, [-1]])
     left = found.without_each()
     others = torch.arange(8) != 3
     torch.testing.assert_close(left.mean_RP[3], found.theta_RP[others].mean(0))
@@ -314,8 +324,15 @@ def test_from_w_0_alone_the_mean_stands_in_where_nothing_explains_the_runs() -> 
     prefix, _ = alone_of(weights_RTD)
     expected_HD = weights_RTD[:, [30, LAST]].mean(0)
     torch.testing.assert_close(fitted.forecast(prefix, (30, LAST)), expected_HD.expand(6, -1, -1))
+    half_BHD = fitted.half_width(prefix, (30, LAST))
+    assert half_BHD is not None
+    away_RHD = (weights_RTD[:, [30, LAST]] - expected_HD).abs() * 6 / 5  # from the mean of the others
+    torch.testing.assert_close(half_BHD, away_RHD.amax(0).expand(6, -1, -1))
     again = Far.restore(fitted.config, replace(problem_of(6), steps_C=(0,)), fitted.tensors())
     assert torch.equal(again.forecast(prefix, (30,)), fitted.forecast(prefix, (30,)))
+    again_BHD = again.half_width(prefix, (LAST,))
+    assert again_BHD is not None
+    assert torch.equal(again_BHD, half_BHD[:, 1:])
 
 
 def test_from_w_0_alone_w_n_is_kept_where_it_is_nearer_than_the_mean() -> None:
@@ -326,6 +343,62 @@ def test_from_w_0_alone_w_n_is_kept_where_it_is_nearer_than_the_mean() -> None:
     prefix, truth_BHD = alone_of(weights_RTD)
     assert fitted.notes()["keeps_w_n_at"] == [30.0, LAST]
     assert torch.equal(fitted.forecast(prefix, (30, LAST)), truth_BHD)
+
+
+@pytest.mark.parametrize("targets", [(10, 25, 40, LAST), (10,), (LAST,)])
+def test_sgd_that_has_not_arrived_is_known_from_w_0_as_well_as_by_an_affine_map(targets: tuple[int, ...]) -> None:
+    """The map is exact where runs share one H, and these nearly do."""
+    weights_RTD = trained("slow", *quadratics(60, 18))
+    start_RD, truth_RHD = weights_RTD[:, :1], weights_RTD[:, list(targets)]
+    experiment = replace(experiment_of("slow"), seen=(), targets=targets)
+    population = identify(experiment, start_RD[:20], truth_RHD[:20]).population
+    found_RHD, _ = forecast(experiment, population, start_RD[20:])
+    with_one_RP = torch.cat([torch.ones(60, 1, dtype=torch.float64), start_RD[:, 0]], dim=1)
+    map_PN = torch.linalg.lstsq(with_one_RP[:20], truth_RHD[:20].flatten(1)).solution
+    theirs_RHD = (with_one_RP[20:] @ map_PN).view_as(found_RHD)
+    error_H = (found_RHD - truth_RHD[20:]).square().mean((0, 2))
+    assert (error_H < 1.1 * (theirs_RHD - truth_RHD[20:]).square().mean((0, 2))).all()
+
+
+def test_what_few_runs_say_of_one_of_them_is_said_without_it() -> None:
+    weights_RTD = trained("adam", *quadratics(5, 19))
+    experiment = replace(experiment_of("adam"), seen=(), targets=(5, 10))
+    start_RD, truth_RHD = weights_RTD[:, :1], weights_RTD[:, [5, 10]]
+    changed_RHD = truth_RHD.clone()
+    changed_RHD[3] += 5
+    expected, found = [
+        forecast_left_out(experiment, identify(experiment, start_RD, each), start_RD, each)
+        for each in (truth_RHD, changed_RHD)
+    ]
+    assert torch.equal(found[0][3], expected[0][3])
+    assert torch.equal(found[1][3], expected[1][3])
+    assert not torch.isclose(found[0][:3], expected[0][:3]).any()
+
+
+@pytest.mark.parametrize("seen", [(), SEEN])
+def test_forecasts_of_parts_are_those_of_the_whole(seen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """To what the noise of other simulations makes; with w_0 alone every run gets the same draws."""
+    weights_RTD = trained("sgd", *quadratics(16, 20), noise=0.1)
+    experiment = replace(experiment_of("sgd"), seen=seen, targets=(30, LAST))
+    prefix_RCD = weights_RTD[:, [0, *seen]]
+    found = identify(experiment, prefix_RCD, weights_RTD[:, [30, LAST]])
+    for population in (found.population, found.without_each()):
+        whole = forecast(experiment, population, prefix_RCD)
+        with monkeypatch.context() as small:
+            small.setattr(identification, "_ROOM", 1)
+            parts = forecast(experiment, population, prefix_RCD)
+        for ours, expected in zip(parts, whole, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=0, atol=0.1 if seen else 1e-12)
+
+
+def test_far_says_where_runs_were_trained_by_another_rule() -> None:
+    weights_RTD = trained("adam", *quadratics(12, 21))
+    fitted = alone_on(weights_RTD, "adam")
+    assert fitted.warning(Known()) == fitted.warning(known("adam")) == ""
+    assert "trained by another (sgd lr=0.02" in fitted.warning(known("sgd"))
+    again = Far.restore(fitted.config, replace(problem_of(12), steps_C=(0,)), fitted.tensors())
+    assert again.warning(known("adam")) == ""
+    assert again.warning(known("sgd")) == fitted.warning(known("sgd"))
 
 
 def test_from_one_snapshot_far_needs_a_rule() -> None:
