@@ -140,6 +140,8 @@ def table2(arguments: argparse.Namespace) -> None:
 
 def draw_table2(rows: Rows, path: Path) -> None:
     """f_source of every method, a panel for each network; hollow marks for what was published."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     with saved_panels(path, True, 2, across=2, size=(11, 5.4)) as panels:
         for panel, kind in zip(panels, PUBLISHED, strict=True):
             members = [row for row in rows if row["network"] == kind and row["loss"] is not None]
@@ -151,6 +153,9 @@ def draw_table2(rows: Rows, path: Path) -> None:
             panel.set(xscale="log", xlabel="f_source", title=kind, yticks=range(len(members)))
             panel.set_yticklabels([row["method"] for row in members], fontsize=8)
             panel.invert_yaxis()
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.xaxis.set_minor_formatter(NullFormatter())
         panels[0].legend(fontsize=8, loc="lower right")
 
 
@@ -357,7 +362,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="data seeds of figure3; 3, or 5 with --full, when not said")
     parser.add_argument("--epochs", type=int, default=1000, help="epochs of GFM's fits in the figures")
     parser.add_argument("--updates", type=int, default=500, help="updates of the small fits of table2")
-    parser.add_argument("--nets", type=int, default=10, help="networks of the small table2")
+    parser.add_argument("--nets", type=int, default=20, help="networks of the small table2")
     parser.add_argument("--full", action="store_true", help="the paper's size")
     parser.add_argument("--runs", type=Path, default=Path("runs/gfm-networks"), help="where recordings are kept")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
