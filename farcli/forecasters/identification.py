@@ -366,7 +366,7 @@ def _numbers(experiment: Experiment, size: int) -> int:
     """How many numbers the forecast of one run takes."""
     forecast = len(experiment.targets) * size
     if not experiment.seen:
-        return _STARTS * forecast
+        return 3 * _STARTS * forecast  # as they come, stacked, and less their mean
     simulations, unknowns = 2 * _FAR_SIMULATIONS, size + size * (size + 1) // 2
     return simulations * ((2 * unknowns + 1) * forecast + experiment.targets[-1] * size) + 3 * forecast**2
 
