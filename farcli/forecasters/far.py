@@ -443,7 +443,8 @@ class Far(SolvedForecaster):
                 fitted._identify(problem, sums)
             except UNEXPLAINED as error:
                 instead = "the train mean" if isinstance(plain, Mean) else "LFD-2"
-                fitted._reason = f"identification failed ({error}), {instead} instead"
+                why = str(error) if isinstance(error, ArithmeticError) else "no quadratic explains the runs"
+                fitted._reason = f"identification failed ({why}), {instead} instead"
         elif isinstance(sums, Rows):
             if sums.rows is not None:
                 fitted._judge(problem, sums.rows, require_fitted("far", self._loss))
@@ -607,7 +608,10 @@ class Far(SolvedForecaster):
         own, theirs = self._physics.experiment.rule, known.optimizer()
         if theirs is None or theirs == own:
             return ""
-        return f"runs the optimiser on ({own.text}), but these runs were trained by another ({theirs.text})."
+        return (
+            f"was fitted on runs by {own.apart_from(theirs)}, but these are by {theirs.apart_from(own)}, "
+            "and it runs that optimiser on: fit on runs like these."
+        )
 
     def coefficients(self) -> list[dict[str, str | int | float]]:
         """Those of LFD-2."""

@@ -24,6 +24,7 @@ Shape suffixes: R runs, D coordinates, P = D + D(D + 1)/2 unknowns of a run, U u
 observed of a run, M numbers observed of all, Q candidates, H targets.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -58,6 +59,8 @@ slowly or not far."""
 _FEW = 10
 """Training runs up to which the others are identified anew without each, where w_0 is all that is seen: how errors on
 runs left out compare with those on new ones was measured (`scripts/LOG.md`)."""
+_AGAIN = 5_000
+"""Runs times updates up to which that is worth its time: under a minute."""
 _ROOM = 1 << 24
 """Numbers that forecasts may take at once: 128 MiB."""
 _DAMPINGS, _TRIES, _SMALL, _GAIN = (1e-6, 1e-2, 1.0, 1e2, 1e4), 40, 1e-4, 1e-6
@@ -385,14 +388,17 @@ def forecast_left_out(
     Raises:
         ArithmeticError: an estimate diverged.
     """
-    runs = len(prefix_RCD)
-    if experiment.seen or runs > _FEW:
-        return forecast(experiment, found.without_each(), prefix_RCD)
+    runs, without = len(prefix_RCD), found.without_each()
+    if experiment.seen or runs > _FEW or runs * experiment.targets[-1] > _AGAIN:
+        return forecast(experiment, without, prefix_RCD)
     each = []
-    for run in range(runs):
+    for run in torch.arange(runs)[:, None]:
         others = torch.arange(runs) != run
-        population = identify(experiment, prefix_RCD[others], truth_RHD[others]).population
-        each.append(forecast(experiment, population, prefix_RCD[run : run + 1]))
+        try:
+            population = identify(experiment, prefix_RCD[others], truth_RHD[others]).population
+            each.append(forecast(experiment, population, prefix_RCD[run]))
+        except UNEXPLAINED:  # two runs may not tell what they have in common
+            each.append(forecast(experiment, without.of(run), prefix_RCD[run]))
     weights_RHD, std_RHD = (torch.cat(part) for part in zip(*each, strict=True))
     return weights_RHD, std_RHD
 
@@ -588,7 +594,8 @@ def _common(observed: _Observed, guess_P: Tensor, curvature: float) -> Tensor:
     An unknown counts in a unit of its own: w* in the distance from w_0 to its guess, the factor of H in √h. A shift by
     one unit weighs as much as an average residual: it stops what no run says anything of, as the size of H under rules
     that ignore the gradient's. So many unknowns also follow the noise of runs that have arrived: the gain must be more
-    than Schwarz's criterion (1978) asks for them, the numbers of a run counted once, whatever the targets.
+    than Schwarz's criterion (1978) asks for them, with the numbers of a run counted once, whatever the targets; and
+    these must be more than one and a half for each unknown.
     """
     size, start_RD, numbers_RN = observed.start_RD.shape[-1], observed.start_RD, observed.numbers_RN
     distance = (start_RD - guess_P[:size]).square().mean().sqrt()
@@ -619,6 +626,6 @@ def _common(observed: _Observed, guess_P: Tensor, curvature: float) -> Tensor:
             break
         shift_P = next_QP[best]
     error_Q = residuals(torch.stack([torch.zeros_like(shift_P), shift_P])).square().sum(1)
-    numbers = torch.tensor(start_RD.numel(), dtype=torch.float64)
-    gains = bool(numbers * (error_Q[0] / error_Q[1]).log() > len(guess_P) * numbers.log())
-    return guess_P + unit_P * shift_P if gains else guess_P
+    numbers, unknowns = start_RD.numel(), len(guess_P)
+    gains = bool(numbers * (error_Q[0] / error_Q[1]).log() > unknowns * math.log(numbers))
+    return guess_P + unit_P * shift_P if gains and numbers > 1.5 * unknowns else guess_P

@@ -63,6 +63,12 @@ class UpdateRule:
         values = {**asdict(self), "betas": ":".join(map(str, self.betas))}
         return " ".join([str(values.pop("name")), *(f"{key}={value}" for key, value in values.items())])
 
+    def apart_from(self, other: "UpdateRule") -> str:
+        """Its name, and the constants that the other does not share, of another kind the rate alone: "sgd lr=0.1"."""
+        own, theirs = asdict(self), asdict(other)
+        named = [key for key in own if key != "name"] if self.name == other.name else ["lr"]
+        return " ".join([self.name, *(f"{key}={own[key]}" for key in named if own[key] != theirs[key])])
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """The rule of a text like "sgd lr=0.1 momentum=0.9".

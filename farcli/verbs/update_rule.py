@@ -16,11 +16,11 @@ def update_rule(sources: Sequence[Source], last: int) -> UpdateRule | None:
     for source in sources:
         try:
             workload = workload_of(source.trajectory.header)
+            if workload is None or any(workload.rate(step) != 1 for step in range(last)):
+                return None
+            rules.add(UpdateRule.of(workload.optimizer(workload.model([0]))))
         except FarcliError:  # of another version, or its data are not here: then its rule is not known here
             return None
-        if workload is None or any(workload.rate(step) != 1 for step in range(last)):
-            return None
-        rules.add(UpdateRule.of(workload.optimizer(workload.model([0]))))
     return rules.pop() if len(rules) == 1 else None
 
 

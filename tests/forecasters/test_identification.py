@@ -14,6 +14,7 @@ from farcli.forecasters import identification
 from farcli.forecasters.base import Known, Prefix, Problem
 from farcli.forecasters.far import Far
 from farcli.forecasters.identification import (
+    UNEXPLAINED,
     Experiment,
     forecast,
     forecast_left_out,
@@ -375,6 +376,24 @@ def test_what_few_runs_say_of_one_of_them_is_said_without_it() -> None:
     assert not torch.isclose(found[0][:3], expected[0][:3]).any()
 
 
+def test_where_two_runs_explain_nothing_the_third_is_told_from_all() -> None:
+    weights_RTD = trained("slow", *quadratics(3, 22))
+    experiment = replace(experiment_of("slow"), seen=(), targets=(5,))
+    start_RD, truth_RHD = weights_RTD[:, :1], weights_RTD[:, [5]]
+    found = identify(experiment, start_RD, truth_RHD)
+    ours_RHD, _ = forecast_left_out(experiment, found, start_RD, truth_RHD)
+    alike_RHD, _ = forecast(experiment, found.without_each(), start_RD)
+    failed = []
+    for run in range(3):
+        others = torch.arange(3) != run
+        try:
+            identify(experiment, start_RD[others], truth_RHD[others])
+        except UNEXPLAINED:
+            failed.append(run)
+    assert failed
+    torch.testing.assert_close(ours_RHD[failed], alike_RHD[failed], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("seen", [(), SEEN])
 def test_forecasts_of_parts_are_those_of_the_whole(seen: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """To what the noise of other simulations makes; with w_0 alone every run gets the same draws."""
@@ -395,7 +414,12 @@ def test_far_says_where_runs_were_trained_by_another_rule() -> None:
     weights_RTD = trained("adam", *quadratics(12, 21))
     fitted = alone_on(weights_RTD, "adam")
     assert fitted.warning(Known()) == fitted.warning(known("adam")) == ""
-    assert "trained by another (sgd lr=0.02" in fitted.warning(known("sgd"))
+    assert "runs by adam, but these are by sgd, and" in fitted.warning(known("sgd"))
+    assert "runs by adam lr=0.02, but these are by sgd lr=0.01, and" in fitted.warning(known("slow"))
+    own = known("adam").optimizer()
+    assert own is not None
+    faster = fitted.warning(Known(optimizer=lambda: replace(own, lr=0.1)))
+    assert "runs by adam lr=0.02, but these are by adam lr=0.1, and" in faster
     again = Far.restore(fitted.config, replace(problem_of(12), steps_C=(0,)), fitted.tensors())
     assert again.warning(known("adam")) == ""
     assert again.warning(known("sgd")) == fitted.warning(known("sgd"))
