@@ -275,7 +275,7 @@ def test_a_gain_is_believed_by_its_error_and_by_the_runs_it_harms(gains: list[fl
 
 def test_what_it_needs() -> None:
     problem = Problem(layout=LAYOUT, coordinates=5, runs=2, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
-    with pytest.raises(UsageError, match="loss-lfd: the stores name no workload"):
+    with pytest.raises(UsageError, match="loss-lfd: no loss to fit on: the stores name no workload"):
         LossLfd(LossLfd.Config()).prepared(problem, Known())
     with pytest.raises(UsageError, match="at least 3 training runs, found 2"):
         LossLfd(LossLfd.Config()).prepared(problem, Known(loss=lambda: Distance(torch.zeros(2, 5))))
@@ -283,6 +283,22 @@ def test_what_it_needs() -> None:
     other = replace(prefix_of(rows_RCD), layout=layout_of([("one", (5,), "float32", "parameter")]))
     with pytest.raises(UsageError, match="loss-lfd was fitted on a network with 'one' of shape"):
         fit(rows_RCD, Distance(rows_RCD[:, -1]), updates=5).forecast(other, STEPS_H)
+
+
+def test_why_a_workload_cannot_be_built_is_said() -> None:
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=4, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+
+    def missing() -> TrainingLoss:
+        raise UsageError("data=digits: digits.csv is in none of the folders data.", "Put it there.")
+
+    known = Known(loss=missing)
+    for method, start in (
+        (LossLfd(LossLfd.Config()), "loss-lfd: no loss to fit on"),
+        (Far(Far.Config(method="loss")), "far: method = loss cannot be"),
+    ):
+        with pytest.raises(UsageError, match=f"{start}: data=digits: digits.csv is in none of the folders"):
+            method.prepared(problem, known)
+    assert Far(Far.Config()).prepared(problem, known).config.method == "lfd2"
 
 
 # ------------------------------------------------------------- far, judged by loss
