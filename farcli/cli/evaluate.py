@@ -130,7 +130,7 @@ def evaluate(
 
 def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, memory: str, **rest: object) -> list:
     """Rows of the evaluation that the arguments of `eval` and `plot` ask for."""
-    from farcli.cli.output import say
+    from farcli.cli.output import saying
     from farcli.cli.progress import progress
     from farcli.config import parse_assignments, parse_size
     from farcli.verbs.evaluate import evaluate as run
@@ -143,7 +143,7 @@ def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, mem
             stores,
             options=parse_assignments(settings or []),
             memory=parse_size(memory),
-            warn=(lambda text: None) if quiet else say,
+            warn=saying(quiet),
             report=report,
             **rest,  # pyright: ignore[reportArgumentType]
         )

@@ -21,9 +21,8 @@ def export(
 
     Example: farcli export runs/digits.zarr --run 8 --step 600 -o model.safetensors
     """
-    from farcli.cli.output import emit_made, say
+    from farcli.cli.output import emit_made, saying
     from farcli.verbs.export import export as write
 
-    warn = (lambda text: None) if quiet else say
-    row = write(store, output, step=step, run=run, replace=force, partial=partial, warn=warn)
+    row = write(store, output, step=step, run=run, replace=force, partial=partial, warn=saying(quiet))
     emit_made(row, form=format, quiet=quiet)

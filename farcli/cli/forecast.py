@@ -62,7 +62,7 @@ def forecast(
 
     Example: farcli forecast lfd2.safetensors runs/digits.zarr -o forecast.zarr --runs 8:12
     """
-    from farcli.cli.output import emit_made, say
+    from farcli.cli.output import emit_made, saying
     from farcli.cli.progress import progress
     from farcli.config import parse_assignments, parse_size
     from farcli.verbs.forecast import forecast as run
@@ -86,7 +86,7 @@ def forecast(
             dry_run=dry_run,
             partial=partial,
             intervals=intervals,
-            warn=(lambda text: None) if quiet else say,
+            warn=saying(quiet),
             report=report,
         )
     emit_made(row, form=format, quiet=quiet)

@@ -254,7 +254,7 @@ def _offline(
     **rest: Any,
 ) -> None:
     """Leaps on a recording."""
-    from farcli.cli.output import chosen_format, emit, say
+    from farcli.cli.output import chosen_format, emit, saying
     from farcli.cli.progress import progress
     from farcli.config import parse_assignments
     from farcli.errors import UsageError
@@ -272,7 +272,7 @@ def _offline(
             cascades=parse_cascades(cascades),
             percentiles=(low, high),
             options=parse_assignments(settings or []),
-            warn=(lambda text: None) if quiet else say,
+            warn=saying(quiet),
             report=report,
             **rest,
         )

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, isnan
 from typing import Any, Literal
@@ -179,3 +179,8 @@ def _console(stream: Any) -> Any:
 def say(text: str) -> None:
     """A line for people, on stderr."""
     print(f"farcli: {text}", file=sys.stderr, flush=True)
+
+
+def saying(quiet: bool) -> Callable[[str], None]:
+    """What says such lines; with --quiet, nothing."""
+    return (lambda text: None) if quiet else say

@@ -597,17 +597,15 @@ def _common(observed: _Observed, guess_P: Tensor, curvature: float) -> Tensor:
     than Schwarz's criterion (1978) asks for them, with the numbers of a run counted once, whatever the targets; and
     these must be more than one and a half for each unknown.
     """
-    size, start_RD, numbers_RN = observed.start_RD.shape[-1], observed.start_RD, observed.numbers_RN
+    start_RD, size = observed.start_RD, observed.start_RD.shape[-1]
     distance = (start_RD - guess_P[:size]).square().mean().sqrt()
     unit_P = torch.full_like(guess_P, curvature**0.5)
     unit_P[:size] = torch.where(distance > 0, distance, 1.0)
 
     def residuals(shift_QP: Tensor) -> Tensor:
         theta_Q1P = (guess_P + unit_P * shift_QP)[:, None]
-        many = (len(shift_QP), *start_RD.shape)
-        theta_QRP = theta_Q1P.expand(*many[:2], -1)
-        found_QRN = simulate(observed.experiment.rule, theta_QRP, start_RD.expand(many), observed.marks).flatten(-2)
-        return (found_QRN - numbers_RN).flatten(1)
+        found_QRN = simulate(observed.experiment.rule, theta_Q1P, start_RD, observed.marks).flatten(-2)
+        return (found_QRN - observed.numbers_RN).flatten(1)
 
     shift_P = torch.zeros_like(guess_P)
     small_PP = _SMALL * torch.eye(len(guess_P), dtype=torch.float64)
