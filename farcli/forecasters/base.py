@@ -246,10 +246,12 @@ class Known:
 
     Attributes:
         optimizer: the update rule of all training runs, constant over training; None where the stores do not say.
+        rate_change: the first update that a schedule gives another rate; None where none is known to.
         loss: their training loss; None where no workload is named, a FarcliError where it cannot be built here.
     """
 
     optimizer: Callable[[], UpdateRule | None] = lambda: None
+    rate_change: Callable[[], int | None] = lambda: None
     loss: Callable[[], TrainingLoss | None] = lambda: None
 
 

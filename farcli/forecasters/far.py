@@ -602,9 +602,14 @@ class Far(SolvedForecaster):
         return found
 
     def warning(self, known: Known) -> str:
-        """That these runs were trained by another rule than the one that is run on."""
+        """That these runs were trained by another rule than the one that is run on, or by a rate that changes."""
         if self._physics is None:
             return ""
+        if (step := known.rate_change()) is not None:
+            return (
+                f"runs an optimiser on at one rate, but a schedule changes that of these runs at step {step}: "
+                "fit on runs like these."
+            )
         own, theirs = self._physics.experiment.rule, known.optimizer()
         if theirs is None or theirs == own:
             return ""

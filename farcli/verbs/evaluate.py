@@ -40,7 +40,7 @@ from farcli.forecasting import (
 from farcli.policies import Buffers, EvalBuffers
 from farcli.store import Trajectory, is_store
 from farcli.stream import Source, Stream, resolve_device
-from farcli.verbs.update_rule import warning_of
+from farcli.verbs.update_rule import warnings_of
 from farcli.verbs.weighed import Weighed, weighed_rows
 
 CLIMATOLOGIES: dict[str, type[Climatology]] = {"mean": Mean, "drift": Drift}
@@ -293,9 +293,7 @@ def _prepare(
     for candidate in named:
         if candidate.method is not None:
             check_targets(candidate.method, setting.steps_H)
-            if candidate.method.diverged:
-                warn(f"{candidate.method.source}: holds the best state of a fit that diverged.")
-            if text := warning_of(candidate.method, setting.source, setting.steps_H[-1]):
+            for text in warnings_of(candidate.method, setting.source, setting.steps_H[-1]):
                 warn(text)
     return named, setting
 

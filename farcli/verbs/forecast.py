@@ -26,7 +26,7 @@ from farcli.policies import Buffers
 from farcli.provenance import provenance
 from farcli.store import Trajectory, TrajectoryWriter
 from farcli.stream import Source, open_sources, resolve_device
-from farcli.verbs.update_rule import warning_of
+from farcli.verbs.update_rule import warnings_of
 
 HALF_WIDTH = "half-width of a 90 % interval"
 """What a store of intervals says it holds."""
@@ -97,7 +97,7 @@ def forecast(
     else:
         steps_H = choose_targets(trajectory, resolved.start, targets, recorded=False)
     check_targets(resolved, steps_H)
-    if text := warning_of(resolved, source, steps_H[-1]):
+    for text in warnings_of(resolved, source, steps_H[-1]):
         warn(text)
     header = _header(resolved, trajectory, source, buffers)
     row = {

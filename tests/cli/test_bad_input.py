@@ -281,9 +281,13 @@ class TestFits:
         assert "best state is in new.safetensors" in outcome.err
         assert "hint: Lower the learning rate: --set lr=0.0001." in outcome.err
         assert farcli("inspect", "new.safetensors", cwd=folder).code == 0
-        outcome = farcli("eval", "new.safetensors", "linreg.zarr", cwd=folder)
-        assert outcome.code == 0
-        assert "new.safetensors: holds the best state of a fit that diverged" in outcome.err
+        for words in (
+            ("eval", "new.safetensors", "linreg.zarr"),
+            ("forecast", "new.safetensors", "linreg.zarr", "-o", "new.zarr"),
+        ):
+            outcome = farcli(*words, cwd=folder)
+            assert outcome.code == 0
+            assert "farcli: new.safetensors: holds the best state of a fit that diverged" in outcome.err
 
     def test_runs_trained_by_another_rule_are_said(self, farcli, folder):
         words = ("record", "linreg", "-o", "adam.zarr", "--runs", "4", "--steps", "20")
@@ -302,6 +306,11 @@ class TestFits:
         own = farcli("eval", "new.safetensors", "linreg.zarr", cwd=folder)
         assert own.code == 0
         assert "was fitted on runs by" not in own.err
+        words = ("record", "linreg", "-o", "cosine.zarr", "--runs", "4", "--steps", "20", "--set", "schedule=cosine")
+        assert farcli(*words, "-q", cwd=folder).code == 0
+        falling = farcli("eval", "new.safetensors", "cosine.zarr", cwd=folder)
+        assert falling.code == 0
+        assert "at one rate, but a schedule changes that of these runs at step 1: fit on" in falling.err
 
     def test_a_leap_whose_fit_diverges_says_so(self, farcli, folder):
         words = ("fit", "loss-lfd", "linreg.zarr", "-o", "new.safetensors", "--set", "lr=1e30", "--context", "5", "-q")

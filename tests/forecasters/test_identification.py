@@ -420,6 +420,8 @@ def test_far_says_where_runs_were_trained_by_another_rule() -> None:
     assert own is not None
     faster = fitted.warning(Known(optimizer=lambda: replace(own, lr=0.1)))
     assert "runs by adam lr=0.02, but these are by adam lr=0.1, and" in faster
+    decayed = fitted.warning(Known(rate_change=lambda: 7))
+    assert "at one rate, but a schedule changes that of these runs at step 7" in decayed
     again = Far.restore(fitted.config, replace(problem_of(12), steps_C=(0,)), fitted.tensors())
     assert again.warning(known("adam")) == ""
     assert again.warning(known("sgd")) == fitted.warning(known("sgd"))
