@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from farcli import weights
+from farcli.cooling import Results, cooled
 from farcli.errors import NonFiniteError, StoreError, UsageError
 from farcli.forecasters.base import Coupling
 from farcli.forecasting import Method, TrainingData, forecast_block, forecast_vectors, interval_block
@@ -292,10 +293,6 @@ def measure_of_function(truth: Trajectory, text: str) -> Measure:
     return Measure(of=of, chance=None, cost=None)
 
 
-Results = dict[int, dict[int, dict[str, float]]]
-"""run → step → measures."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
     """Held-out measures of the recorded runs along training, and of every candidate.
@@ -305,12 +302,27 @@ class HeldOut:
         curves: run → the loss curve that equivalent steps are read from.
         forecast: per candidate, at every horizon; of a refused forecast those of w_n.
         lengths: per candidate and (run, step) the share of the way that passed verification; 0 where none did.
+        control: of the runs trained on with a rate that falls to 0 at a step: every horizon, and steps before the
+            first one; None where nobody asked.
     """
 
     recorded: Results
     curves: dict[int, LossCurve]
     forecast: list[Results]
     lengths: list[dict[tuple[int, int], float]]
+    control: Results | None = None
+
+
+def trained_on(setting: Setting, measure: Measure, warn: Callable[[str], None]) -> Results:
+    """The control: every run trained on to each horizon, and half and a quarter of the way to the first.
+
+    Raises:
+        UsageError: the runs are of no workload, or their rate is not constant.
+    """
+    ahead = setting.steps_H[0] - setting.origin
+    ends = sorted({setting.origin + -(-ahead // part) for part in (4, 2)} | set(setting.steps_H))
+    runs = setting.source.runs
+    return cooled(setting.truth, runs, setting.origin, ends, measure.of, warn=warn, report=setting.report)
 
 
 def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure) -> HeldOut:

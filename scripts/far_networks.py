@@ -11,19 +11,29 @@ along as does so most (`eval --lengths`; DistilBERT: all the way), else w_n does
 that. Beside networks with BatchNorm stands what new statistics do for w_n alone.
 Rows go to scripts/results/far-networks.ndjson, a table and a picture beside.
 
+Worth in epochs is read off a run's own curve, at a rate that never falls; an average of snapshots gains on that curve
+what any fall of the rate would gain as well. So there is a control (`eval --control`): the judged runs trained on from
+w_n with the rate falling to 0. A forecast is worth the lesser of the two: epochs at the constant rate, and epochs of
+such a fall, that reach its loss.
+
 The goal, wherever training still improves (the true weights at that horizon have 95 % of w_n's loss or less): held-out
-loss at most .85 of w_n's, 95 % of the networks not worse, at least one epoch gained. Late in training nothing should
-win, and `far` should say so by keeping w_n.
+loss at most .85 of w_n's, 95 % of the networks not worse, at least one epoch gained, by either measure. Late in
+training nothing should win, and `far` should say so by keeping w_n.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from farcli import evaluate, fit, record
+from farcli.cooling import cooled, steps_to_reach
+from farcli.evaluation import measure_of_workload
 from farcli.store import Trajectory
 from farcli.verbs.plot import saved_panels
 
@@ -32,6 +42,8 @@ CONTEXT = 8
 BATCHES = 4
 """To verify on."""
 IMPROVING, LOSS, NOT_WORSE, EPOCHS = 0.95, 0.85, 0.95, 1.0
+FALLING = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Epochs within which the control's rate falls to 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +63,7 @@ class Case:
         seed: of the recording.
         method: options of `far`.
         lengths: shares of the way to a forecast that verification may choose from.
+        falling: epochs within which the control's rate falls to 0.
         memory: bytes that the data may take.
     """
 
@@ -66,6 +79,7 @@ class Case:
     seed: int = 100
     method: dict[str, str] = field(default_factory=dict)
     lengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
+    falling: tuple[float, ...] = FALLING
     memory: int = 2_000_000_000
 
 
@@ -85,7 +99,7 @@ CASES = {
     "distilbert": Case(workload="distilbert", options={"held_back": "8928", "sentences": "250"}, every=5, epoch=20,
                        last=15, starts=(7,), ahead=(2, 4, 8), train=8, test=10,
                        method={"method": "loss", "updates": "50", "trends": "false"}, lengths=(1.0,),
-                       memory=14_000_000_000),
+                       falling=FALLING[:3], memory=14_000_000_000),
 }  # fmt: skip
 
 
@@ -110,9 +124,26 @@ def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
             again = evaluate(["persistence"], str(store), runs=f"{case.train}:{total}", targets=targets, start=origin,
                              buffers="reestimate", device="cpu", memory=case.memory)  # fmt: skip
             found += [row | {"role": "reestimated"} for row in again if row["method"] == "persistence"]
+        found += control(case, store, start)
         print(f"{name}, from snapshot {start}: done", flush=True)
         yield [{"network": name, "epoch": case.epoch, "start": start, "seconds": fitted["seconds"], **row}
                for row in found]  # fmt: skip
+
+
+def control(case: Case, store: Path, start: int) -> Rows:
+    """The judged runs trained on from w_n with the rate falling to 0."""
+    trajectory, origin = Trajectory.open(store), start * case.every
+    ends = [origin + max(1, round(epochs * case.epoch)) for epochs in case.falling]
+    judged = range(case.train, case.train + case.test)
+    measure = measure_of_workload(trajectory, "stored")
+    assert measure is not None
+    found = cooled(trajectory, judged, origin, ends, measure.of, warn=print)
+    losses = {end: [found[run][end]["loss"] for run in judged] for end in ends}
+    return [
+        {"step": end, "ahead": end - origin, "runs": case.test, "method": "falling rate", "role": "control",
+         "loss": float(np.mean(losses[end])), "losses": losses[end]}
+        for end in ends
+    ]  # fmt: skip
 
 
 def judged(rows: Rows) -> Rows:
@@ -126,10 +157,23 @@ def judged(rows: Rows) -> Rows:
         again = [other["loss"] for other in beside if other["role"] == "reestimated"]
         [true] = [other["loss"] for other in beside if other["role"] == "truth"]
         best = min((other for other in beside if other["role"] == "yardstick"), key=lambda other: other["loss"])
+        place = (row["network"], row["start"])
+        control = [
+            (other["ahead"], other["loss"])
+            for other in rows
+            if (other["network"], other["start"]) == place and other["role"] == "control"
+        ]
+        steps = steps_to_reach(row["loss"], kept, control)
         ratio, improving = row["loss"] / kept, true / kept <= IMPROVING
         worths = ("equivalent_steps", "equivalent_steps_low", "equivalent_steps_high", "net_steps")
         epochs = {key: row[key] / row["epoch"] for key in worths}
-        reached = ratio <= LOSS and row["not_worse"] >= NOT_WORSE and epochs["net_steps"] >= EPOCHS
+        cost = epochs["equivalent_steps"] - epochs["net_steps"]
+        falling = inf if steps is None else steps / row["epoch"]
+        reached = (
+            ratio <= LOSS
+            and row["not_worse"] >= NOT_WORSE
+            and min(epochs["equivalent_steps"], falling) - cost >= EPOCHS
+        )
         lines.append({
             "network": row["network"], "start": row["start"], "from_epoch": (row["step"] - row["ahead"]) / row["epoch"],
             "ahead": row["ahead"], "ahead_epochs": row["ahead"] / row["epoch"], "runs": row["runs"], "kept_loss": kept,
@@ -137,6 +181,8 @@ def judged(rows: Rows) -> Rows:
             **{key.replace("steps", "epochs"): value for key, value in epochs.items()},
             "yardstick": best["method"], "yardstick_ratio": best["loss"] / kept, "true_ratio": true / kept,
             "reestimated_ratio": again[0] / kept if again else None,
+            "control": [[ahead / row["epoch"], loss / kept] for ahead, loss in control],
+            "control_epochs": None if steps is None else falling,
             "improving": improving, "reached": reached if improving else None,
         })  # fmt: skip
     return lines
@@ -147,11 +193,15 @@ def markdown(lines: Rows) -> str:
         "# What a verified forecast by `far` is worth on real networks, n = 8",
         "",
         "Losses are held out and over that of keeping w_n; worth in epochs, median over the networks [95 %], before "
-        "and after paying for the verification. `make far-networks`; goal: ≤ .85, ≥ 95 % not worse, ≥ 1 epoch net.",
+        "and after paying for the verification. Control: the same runs trained on from w_n, the rate falling to 0 "
+        "within 1 epoch, and within the best of up to 8, the optimiser's state kept or new, whichever is better; and "
+        "how many such epochs reach the loss of `far`. `make far-networks`; goal: ≤ .85, ≥ 95 % not worse, ≥ 1 epoch "
+        "net.",
         "",
         "| network, runs | from epoch | ahead | loss | not worse | passed | worth, epochs | net "
-        "| best yardstick, verified too | w_n, statistics anew | true future | goal |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| best yardstick, verified too | w_n, statistics anew | true future | control, 1 epoch | best | worth of it "
+        "| goal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     marks = {None: "·", True: "reached", False: "not reached"}
     for line in lines:
@@ -163,10 +213,21 @@ def markdown(lines: Rows) -> str:
             f"| {line['yardstick']} {line['yardstick_ratio']:.2f} "
             f"| {'·' if line['reestimated_ratio'] is None else format(line['reestimated_ratio'], '.2f')} "
             f"| {line['true_ratio']:.2f} "
+            f"| {beside(line)} "
             f"| {marks[line['reached']]} |"
         )
     no_goal = "·: no goal, where the true weights have over 95 % of w_n's loss."
     return "\n".join([*text, "", no_goal, ""])
+
+
+def beside(line: dict[str, Any]) -> str:
+    """Cells of the control: after an epoch, at its best, and how many epochs of it the forecast is worth."""
+    control, found = dict(line["control"]), line["control_epochs"]
+    if not control:
+        return "· | · | ·"
+    best = min(control, key=lambda epochs: control[epochs])
+    worth = f"> {max(control):g}" if found is None else f"{found:.1f}"
+    return f"{control[1.0]:.2f} | {control[best]:.2f} ({best:g}) | {worth}"
 
 
 def main() -> None:
@@ -209,6 +270,8 @@ def draw(lines: Rows, path: Path) -> None:
                 ("true_ratio", "k:", "true future"),
             ):
                 panel.plot(ahead, [line[key] for line in own], style, label=label, ms=4)
+            epochs, losses = zip(*own[0]["control"], strict=True) if own[0]["control"] else ((), ())
+            panel.plot(epochs, losses, "C3.-", lw=0.8, label="trained on, rate falling to 0", ms=4)
             panel.axhline(1, color="#8c8c8c", lw=0.8)
             panel.axhline(LOSS, color="C2", lw=0.8, label="goal")
             panel.set(xscale="log", title=f"{place[0]}, epoch {own[0]['from_epoch']:g}")
@@ -218,7 +281,7 @@ def draw(lines: Rows, path: Path) -> None:
             panel.tick_params(labelsize=7)
         panels[0].set_ylim(0, 1.05)
         figure = panels[0].figure
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
         figure.suptitle("held-out loss over that of w_n, against epochs ahead", fontsize=10)
 
 

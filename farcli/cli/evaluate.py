@@ -34,6 +34,7 @@ COLUMNS = (
     Column(key="loss", heading="loss", form=".3g"),
     Column(key="accuracy", heading="acc.", form=".3f", spare=4),
     Column(key="worth", heading="worth"),
+    Column(key="falling", heading="falling"),
     Column(key="better", heading="better", form=".0%", spare=1),
     Column(key="kept", heading="kept", form=".0%"),
     Column(key="length", heading="length", form=".2f"),
@@ -74,6 +75,9 @@ def evaluate(
     lengths: Annotated[
         str | None, typer.Option("--lengths", help="With --verify: the best share of the way counts, 0.5,1,1.5.")
     ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also train the runs on, the rate falling to 0: what to beat.")
+    ] = False,
     buffers: Annotated[
         EvalBuffers,
         typer.Option("--buffers", help="BatchNorm statistics: stored, or taken anew from training data."),
@@ -112,6 +116,7 @@ def evaluate(
         loss=loss,
         verify=verify,
         lengths=None if lengths is None else parse_lengths(lengths),
+        control=control,
         buffers=buffers,
         transfer=transfer,
         device=device,
@@ -120,7 +125,8 @@ def evaluate(
     )
     if chosen_format(format) == "table":
         rules = [i for i in range(len(rows)) if i == 0 or rows[i]["step"] != rows[i - 1]["step"]]
-        shown = [_shown(row, first=index in rules) for index, row in enumerate(rows)]
+        furthest = max((row["ahead"] for row in rows if row["role"] == "control"), default=None)
+        shown = [_shown(row, first=index in rules, furthest=furthest) for index, row in enumerate(rows)]
         columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in shown)]
         emit(shown, columns, form=format, title=_title(inputs, rows), notes=_notes(rows), rule_before=rules)
     else:
@@ -149,15 +155,22 @@ def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, mem
         )
 
 
-def _shown(row: dict, *, first: bool) -> dict:
+def _shown(row: dict, *, first: bool, furthest: int | None) -> dict:
     """A row as the table shows it: the horizon is said once."""
-    style = {"forecast": "bold", "truth": "green", "chance": "dim"}.get(row["role"])
+    style = {"forecast": "bold", "truth": "green", "control": "green", "chance": "dim"}.get(row["role"])
     when = f"{row['step']} {row['ahead']:+d}" if first else " "
     skill = row["skill"]
     # A forecast a hundred times worse than none needs no decimals, which would only widen the table.
     skill = "<−99" if skill is not None and skill < -99 else skill
     method = f"{row['method']} *" if row["in_sample"] else row["method"]
-    shown = {"when": when, "place": place(row), "method": method, "skill": skill, "worth": worth(row)}
+    shown = {
+        "when": when,
+        "place": place(row),
+        "method": method,
+        "skill": skill,
+        "worth": worth(row),
+        "falling": falling(row, furthest),
+    }
     return {**row, **shown, "_style": style}
 
 
@@ -178,6 +191,13 @@ def worth(row: dict) -> str | None:
     low, high = row.get("equivalent_steps_low"), row.get("equivalent_steps_high")
     between = f" [{low:+.0f}, {high:+.0f}]" if low is not None and high is not None and high - low >= 1 else ""
     return f"{sign}{steps:+.0f}{between}".replace("-", "−")
+
+
+def falling(row: dict, furthest: int | None) -> str | None:
+    """Steps of the control as a table shows them: "23", "> 600" where it does not get there within its furthest."""
+    if furthest is None or row["role"] not in ("forecast", "yardstick", "truth") or row["tensor"] is not None:
+        return None
+    return f"> {furthest}" if row["control_steps"] is None else f"{row['control_steps']:.0f}"
 
 
 def _title(inputs: list[str], rows: list[dict]) -> str:
@@ -212,6 +232,11 @@ def _notes(rows: list[dict]) -> list[str]:
         notes += [
             "kept: runs whose forecast lowered the loss of batches that nothing is reported on; elsewhere w_n",
             "counts in all that is held out. mse and skill are the forecast's own.",
+        ]
+    if any(row["role"] == "control" for row in rows):
+        notes += [
+            "falling rate: the same runs trained on, their rate falling to 0 on a line, with their optimiser's state",
+            "or a new one, whichever is better · falling: such steps that bring the same mean loss.",
         ]
     if any(row.get("length") not in (None, 1) for row in rows):
         notes.append("length: mean share of the way to it that did so most.")

@@ -23,6 +23,7 @@ from farcli.evaluation import (
     held_out,
     measure_of_function,
     measure_of_workload,
+    trained_on,
 )
 from farcli.fitting.solving import solve
 from farcli.forecasters.base import Coupling, Problem
@@ -72,6 +73,7 @@ def evaluate(
     loss: str | None = None,
     verify: int = 0,
     lengths: Sequence[float] | None = None,
+    control: bool = False,
     buffers: EvalBuffers = "stored",
     transfer: bool = False,
     device: str = "auto",
@@ -98,6 +100,7 @@ def evaluate(
             refused forecast counts as w_n. 0 measures every forecast as it is.
         lengths: shares of the way from w_n to a forecast to verify, where the one with the lowest loss counts; the
             forecast itself when None.
+        control: also train the runs on with a rate that falls to 0, from the last observed step (`farcli.cooling`).
         buffers: what becomes of BatchNorm statistics when the loss is measured.
         transfer: allow maps fitted on another network.
         device: where to compute.
@@ -111,9 +114,11 @@ def evaluate(
         tensor (None for the whole), mse, skill, cosine, width, covered (see `DisplacementSums.measures`), loss,
         accuracy (means over runs), equivalent_steps (median over runs of the training steps that the forecast is
         worth, against keeping w_n), bounded (runs in which that is only a bound), net_steps (after paying
-        one held-out evaluation, or the verification), better and not_worse (share of runs with a lower loss than
-        w_n's, and with no higher one), kept (share of runs in which verification did not refuse) and length (mean
-        over these of the share of the way that counts; both None without it), runs, stores, in_sample;
+        one held-out evaluation, or the verification; of the control its own steps), control_steps (steps within
+        which the control reaches that mean loss; None without one, or where it does not), better and not_worse
+        (share of runs with a lower loss than w_n's, and with no higher one), kept (share of runs in which
+        verification did not refuse) and length (mean over these of the share of the way that counts; both None
+        without it), runs, stores, in_sample;
         of forecasts and yardsticks also ranked_by ("loss", or "mse" without one), rank (1 is best), behind (mean
         over runs of that measure minus the best one's) and gain (of w_n's minus its own); equivalent_steps,
         behind and gain come with the ends of their 95 % interval over runs (…_low, …_high; None for one run).
@@ -133,6 +138,8 @@ def evaluate(
         raise UsageError(f"--verify {verify}: expected a number of batches.")
     if loss is not None and verify:
         raise UsageError("--verify needs the data of a workload; --loss has none.")
+    if loss is not None and control:
+        raise UsageError("--control needs the training of a workload; --loss has none.")
     tried = _lengths(lengths, verify)
     by_name = any(not is_store(text) and not is_file_like(text) for text in forecasts)
     for option, given in (("--set", options), ("--context", context)):
@@ -183,7 +190,7 @@ def evaluate(
         for text in remarks[id(setting.truth)]:
             say_once(text)
     _check_grids([setting for _, setting in chosen])
-    weighed = [_weigh(named, setting, loss, verify, tried, train_runs, say_once) for named, setting in chosen]
+    weighed = [_weigh(named, setting, loss, verify, tried, control, train_runs, say_once) for named, setting in chosen]
     return weighed_rows(_in_all(weighed, say_once), per_tensor=per_tensor)
 
 
@@ -304,6 +311,7 @@ def _weigh(
     loss: str | None,
     verify: int,
     lengths: Sequence[float],
+    control: bool,
     train_runs: str | None,
     warn: Warn,
 ) -> Weighed:
@@ -315,10 +323,14 @@ def _weigh(
         measure = measure_of_workload(truth, setting.buffers, verify, lengths)
     if measure is None and verify:
         raise UsageError(f"--verify {verify}: {truth.path} names no workload, so there are no data to verify on.")
+    if measure is None and control:
+        raise UsageError(f"--control: {truth.path} names no workload, so there is no training to go on with.")
     sums = compare(candidates, setting)
     if measure is None:
         warn("no held-out loss: the store names no workload. Pass --loss package.module:function.")
     found = held_out(candidates, setting, measure) if measure is not None else None
+    if found is not None and measure is not None and control:
+        found = replace(found, control=trained_on(setting, measure, warn))
     return Weighed(candidates=candidates, setting=setting, sums=sums, measure=measure, found=found)
 
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from farcli.cooling import steps_to_reach
 from farcli.evaluation import Candidate, HeldOut, Measure, Setting
 from farcli.forecasting import overlap
 from farcli.layout import Layout
 from farcli.metrics import DisplacementSums, bootstrap_interval
 
-TRUE, CHANCE = "true future", "chance"
+TRUE, CONTROL, CHANCE = "true future", "falling rate", "chance"
 _LOSS_KEYS = (
     "loss",
     "accuracy",
@@ -23,6 +24,7 @@ _LOSS_KEYS = (
     "equivalent_steps_high",
     "bounded",
     "net_steps",
+    "control_steps",
     "better",
     "not_worse",
     "kept",
@@ -58,6 +60,7 @@ def weighed_rows(weighed: Sequence[Weighed], *, per_tensor: bool) -> list[dict[s
     if layout.size == layout.parameters:
         stated = None  # the network has none
     measured = all(each.found is not None for each in weighed)
+    control = _control(weighed) if measured else None
     cost = first.measure.cost if first.measure is not None else None
     in_sample = [
         any(set(overlap(e.candidates[i].training, e.setting.truth)) & set(e.setting.source.runs) for e in weighed)
@@ -86,7 +89,7 @@ def weighed_rows(weighed: Sequence[Weighed], *, per_tensor: bool) -> list[dict[s
                     **who,
                     "tensor": None,
                     **sums[index].measures(parameters, layout.parameters, h),
-                    **(of_loss.measures(cost) if of_loss is not None else no_loss),
+                    **(of_loss.measures(cost, control) if of_loss is not None else no_loss),
                     **ranks[index],
                 }
             )
@@ -101,13 +104,27 @@ def weighed_rows(weighed: Sequence[Weighed], *, per_tensor: bool) -> list[dict[s
                     for slot in parameters
                 ]
         nobody = {**base, "in_sample": False, "tensor": None}
-        truth = _Losses.of(weighed, None, step).measures(cost) if measured else no_loss
+        truth = _Losses.of(weighed, TRUE, step).measures(cost, control) if measured else no_loss
         exact = {"mse": 0.0, "skill": 1.0, "cosine": 1.0, "width": None, "covered": None}
         rows.append({**nobody, "method": TRUE, "role": "truth", **exact, **truth, **dict.fromkeys(_RANK_KEYS)})
+        if control is not None:
+            unknown = dict.fromkeys(("mse", "skill", "cosine", "width", "covered", *_RANK_KEYS))
+            found = _Losses.of(weighed, CONTROL, step).measures(base["ahead"], control)
+            rows.append({**nobody, "method": CONTROL, "role": "control", **unknown, **found})
         if first.measure is not None and first.measure.chance is not None:
             empty = dict.fromkeys(("mse", "skill", "cosine", "width", "covered", *_LOSS_KEYS, *_RANK_KEYS))
             rows.append({**nobody, "method": CHANCE, "role": "chance", **empty, **first.measure.chance})
     return rows
+
+
+def _control(weighed: Sequence[Weighed]) -> list[tuple[int, float]] | None:
+    """Steps ahead and mean loss of the runs trained on with a falling rate, over all stores; None without them."""
+    found = [each.found.control for each in weighed if each.found is not None]
+    runs = [measures for results in found if results is not None for measures in results.values()]
+    if not runs:
+        return None
+    origin = weighed[0].setting.origin
+    return [(end - origin, float(np.mean([measures[end]["loss"] for measures in runs]))) for end in sorted(runs[0])]
 
 
 def _persistence(sums: DisplacementSums, parameters: Sequence[int], layout: Layout, horizon: int) -> np.ndarray:
@@ -148,15 +165,19 @@ class _Losses:
     """Share of the way to the forecast that passed verification, 0 where none did; None where nothing is verified."""
 
     @classmethod
-    def of(cls, weighed: Sequence[Weighed], candidate: int | None, step: int) -> "_Losses":
-        """Of a candidate, or of the recorded future when None."""
+    def of(cls, weighed: Sequence[Weighed], candidate: int | str, step: int) -> "_Losses":
+        """Of a candidate, or of what is held beside: the recorded future (TRUE) or the control (CONTROL)."""
         losses, kept, worth, accuracies, lengths, bounded = [], [], [], [], [], 0
-        verified = candidate is not None and all(each.measure and each.measure.verification for each in weighed)
+        judged = candidate if isinstance(candidate, int) else None
+        verified = judged is not None and all(each.measure and each.measure.verification for each in weighed)
         for each in weighed:
             assert each.found is not None
-            results = each.found.recorded if candidate is None else each.found.forecast[candidate]
+            results = each.found.recorded if judged is None else each.found.forecast[judged]
+            if candidate == CONTROL:
+                assert each.found.control is not None
+                results = each.found.control
             for run in each.setting.source.runs:
-                lengths += [each.found.lengths[candidate][run, step]] if candidate is not None else []
+                lengths += [each.found.lengths[judged][run, step]] if judged is not None else []
                 measures, keep = results[run][step], each.found.recorded[run][each.setting.origin]["loss"]
                 steps, bound = each.found.curves[run].steps_to(measures["loss"])
                 losses.append(measures["loss"])
@@ -173,19 +194,25 @@ class _Losses:
             length_B=np.array(lengths) if verified else None,
         )
 
-    def measures(self, cost: float | None) -> dict[str, Any]:
-        """Means and medians over the runs; `cost` of checking one forecast, in training steps."""
+    def measures(self, cost: float | None, control: Sequence[tuple[int, float]] | None) -> dict[str, Any]:
+        """Means and medians over the runs.
+
+        Args:
+            cost: of checking one forecast, in training steps.
+            control: steps and mean losses of the runs trained on with a falling rate.
+        """
         equivalent = float(np.median(self.worth_B))
         low, high = bootstrap_interval(self.worth_B, np.median)
-        length_B = self.length_B
+        length_B, loss, kept = self.length_B, float(self.loss_B.mean()), float(self.kept_B.mean())
         return {
-            "loss": float(self.loss_B.mean()),
+            "loss": loss,
             "accuracy": float(np.mean(self.accuracies)) if self.accuracies else None,
             "equivalent_steps": equivalent,
             "equivalent_steps_low": _number(low),
             "equivalent_steps_high": _number(high),
             "bounded": self.bounded,
             "net_steps": equivalent - cost if cost is not None else None,
+            "control_steps": None if control is None else steps_to_reach(loss, kept, control),
             "better": float((self.loss_B < self.kept_B).mean()),
             "not_worse": float((self.loss_B <= self.kept_B).mean()),
             "kept": None if length_B is None else float((length_B > 0).mean()),

@@ -230,6 +230,7 @@ class TestForecasters:
             (("eval", "linear", "digits.zarr", "--verify", "4", "--lengths", "half"), "--lengths 'half'"),
             (("eval", "linear", "digits.zarr", "--verify", "4", "--lengths", "1,0"), "--lengths 1,0"),
             (("eval", "linear", "digits.zarr", "--lengths", "0.5,1"), "--verify N"),
+            (("eval", "linear", "linreg.zarr", "--loss", "a:b", "--control"), "--control needs the training of a"),
             (("eval", "forecast.zarr", "digits.zarr", "--set", "span=2"), "--set"),
             (("eval", "forecast.zarr", "digits.zarr", "--from", "20"), "starts at step 15"),
             (("eval", "linear", "digits.zarr", "--context", "0"), "at least 1"),
