@@ -196,7 +196,7 @@ def markdown(lines: Rows) -> str:
         "and after paying for the verification. Control: the same runs trained on from w_n, the rate falling to 0 "
         "within 1 epoch, and within the best of up to 8, the optimiser's state kept or new, whichever is better; and "
         "how many such epochs reach the loss of `far`. `make far-networks`; goal: ≤ .85, ≥ 95 % not worse, ≥ 1 epoch "
-        "net.",
+        "net, of either kind.",
         "",
         "| network, runs | from epoch | ahead | loss | not worse | passed | worth, epochs | net "
         "| best yardstick, verified too | w_n, statistics anew | true future | control, 1 epoch | best | worth of it "
