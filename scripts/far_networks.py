@@ -99,7 +99,7 @@ CASES = {
     "distilbert": Case(workload="distilbert", options={"held_back": "8928", "sentences": "250"}, every=5, epoch=20,
                        last=15, starts=(7,), ahead=(2, 4, 8), train=8, test=10,
                        method={"method": "loss", "updates": "50", "trends": "false"}, lengths=(1.0,),
-                       falling=FALLING[:3], memory=14_000_000_000),
+                       falling=(*FALLING[:3], 1.5), memory=14_000_000_000),
 }  # fmt: skip
 
 
