@@ -1,6 +1,6 @@
 """What a verified forecast by `far` is worth on real networks, from the first 8 snapshots and from later ones.
 
-    python scripts/far_networks.py                    # all of them; DistilBERT takes about 70 minutes and 26 GB
+    python scripts/far_networks.py                    # all of them; DistilBERT takes two hours and 26 GB
     python scripts/far_networks.py digits-cnn         # or some of them
 
 Every network is recorded at its workload's tuned rate (the plain CNN: tuned on as many images), a snapshot an epoch
