@@ -53,7 +53,7 @@ def cooled(
     constant = workload_of(truth.header)
     if constant is None:
         raise UsageError(f"--control needs the training of a workload; {truth.path} names none.")
-    if any(constant.rate(step) != 1 for step in range(origin, max(ends))):
+    if constant.rate_change(max(ends), origin) is not None:
         raise UsageError(
             f"--control: the rate of {truth.path} is not constant after step {origin}, so that its true future is "
             "the control.",

@@ -124,13 +124,13 @@ def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
             again = evaluate(["persistence"], str(store), runs=f"{case.train}:{total}", targets=targets, start=origin,
                              buffers="reestimate", device="cpu", memory=case.memory)  # fmt: skip
             found += [row | {"role": "reestimated"} for row in again if row["method"] == "persistence"]
-        found += control(case, store, start)
+        found += trained_on(case, store, start)
         print(f"{name}, from snapshot {start}: done", flush=True)
         yield [{"network": name, "epoch": case.epoch, "start": start, "seconds": fitted["seconds"], **row}
                for row in found]  # fmt: skip
 
 
-def control(case: Case, store: Path, start: int) -> Rows:
+def trained_on(case: Case, store: Path, start: int) -> Rows:
     """The judged runs trained on from w_n with the rate falling to 0."""
     trajectory, origin = Trajectory.open(store), start * case.every
     ends = [origin + max(1, round(epochs * case.epoch)) for epochs in case.falling]
@@ -213,14 +213,14 @@ def markdown(lines: Rows) -> str:
             f"| {line['yardstick']} {line['yardstick_ratio']:.2f} "
             f"| {'·' if line['reestimated_ratio'] is None else format(line['reestimated_ratio'], '.2f')} "
             f"| {line['true_ratio']:.2f} "
-            f"| {beside(line)} "
+            f"| {control_cells(line)} "
             f"| {marks[line['reached']]} |"
         )
     no_goal = "·: no goal, where the true weights have over 95 % of w_n's loss."
     return "\n".join([*text, "", no_goal, ""])
 
 
-def beside(line: dict[str, Any]) -> str:
+def control_cells(line: dict[str, Any]) -> str:
     """Cells of the control: after an epoch, at its best, and how many epochs of it the forecast is worth."""
     control, found = dict(line["control"]), line["control_epochs"]
     if not control:

@@ -325,12 +325,11 @@ def _weigh(
         raise UsageError(f"--verify {verify}: {truth.path} names no workload, so there are no data to verify on.")
     if measure is None and control:
         raise UsageError(f"--control: {truth.path} names no workload, so there is no training to go on with.")
+    trained = trained_on(setting, measure, warn) if measure is not None and control else None
     sums = compare(candidates, setting)
     if measure is None:
         warn("no held-out loss: the store names no workload. Pass --loss package.module:function.")
-    found = held_out(candidates, setting, measure) if measure is not None else None
-    if found is not None and measure is not None and control:
-        found = replace(found, control=trained_on(setting, measure, warn))
+    found = replace(held_out(candidates, setting, measure), control=trained) if measure is not None else None
     return Weighed(candidates=candidates, setting=setting, sums=sums, measure=measure, found=found)
 
 

@@ -14,7 +14,7 @@ from farcli.workloads.base import Workload
 def update_rule(sources: Sequence[Source], last: int) -> UpdateRule | None:
     """The update rule of all these runs up to step `last`; None where it is not known, not one, or not constant."""
     workloads = [_workload(source) for source in sources]
-    if any(workload is None or _first_change(workload, last) is not None for workload in workloads):
+    if any(workload is None or workload.rate_change(last) is not None for workload in workloads):
         return None
     rules = {UpdateRule.of(workload.optimizer(workload.model([0]))) for workload in workloads if workload is not None}
     return rules.pop() if len(rules) == 1 else None
@@ -23,7 +23,7 @@ def update_rule(sources: Sequence[Source], last: int) -> UpdateRule | None:
 def rate_change(source: Source, last: int) -> int | None:
     """The first update of these runs, up to step `last`, that a schedule gives another rate; None if none is known."""
     workload = _workload(source)
-    return None if workload is None else _first_change(workload, last)
+    return None if workload is None else workload.rate_change(last)
 
 
 def warnings_of(method: Method, source: Source, last: int) -> Iterator[str]:
@@ -42,7 +42,3 @@ def _workload(source: Source) -> Workload | None:
         return workload_of(source.trajectory.header)
     except FarcliError:
         return None
-
-
-def _first_change(workload: Workload, last: int) -> int | None:
-    return next((step for step in range(last) if workload.rate(step) != 1), None)

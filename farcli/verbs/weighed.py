@@ -172,10 +172,9 @@ class _Losses:
         verified = judged is not None and all(each.measure and each.measure.verification for each in weighed)
         for each in weighed:
             assert each.found is not None
-            results = each.found.recorded if judged is None else each.found.forecast[judged]
-            if candidate == CONTROL:
-                assert each.found.control is not None
-                results = each.found.control
+            beside = {TRUE: each.found.recorded, CONTROL: each.found.control}
+            results = beside[candidate] if isinstance(candidate, str) else each.found.forecast[candidate]
+            assert results is not None
             for run in each.setting.source.runs:
                 lengths += [each.found.lengths[judged][run, step]] if judged is not None else []
                 measures, keep = results[run][step], each.found.recorded[run][each.setting.origin]["loss"]

@@ -66,6 +66,10 @@ class Workload(ABC):
         """What the optimiser's learning rates are multiplied by in the update that leads from `step` to `step + 1`."""
         return rate_multiple(self.config, step)
 
+    def rate_change(self, last: int, start: int = 0) -> int | None:
+        """The first of the steps `start` to `last` − 1 at which a schedule changes the rate; None if there is none."""
+        return next((step for step in range(start, last) if self.rate(step) != 1), None)
+
     @abstractmethod
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Endless training batches, one per optimiser step, in an order the seeds determine.
