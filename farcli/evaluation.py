@@ -4,7 +4,7 @@ Shape suffixes: B runs, H horizons, D coordinates of a block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farcli import weights
-from farcli.cooling import Results, cooled
+from farcli.cooling import FallingRate, Results
 from farcli.errors import NonFiniteError, StoreError, UsageError
 from farcli.forecasters.base import Coupling
 from farcli.forecasting import Method, TrainingData, forecast_block, forecast_vectors, interval_block
@@ -302,8 +302,10 @@ class HeldOut:
         curves: run → the loss curve that equivalent steps are read from.
         forecast: per candidate, at every horizon; of a refused forecast those of w_n.
         lengths: per candidate and (run, step) the share of the way that passed verification; 0 where none did.
-        control: of the runs trained on with a rate that falls to 0 at a step: every horizon, and steps before the
+        control: of the runs trained on with a rate that falls to 0 at a step: every horizon, and steps around the
             first one; None where nobody asked.
+        finished: of runs trained on from a candidate's forecast for as long as the first horizon is ahead, the rate
+            falling to 0, by the candidate's place and, of these, at the forecast's horizon; None where nobody asked.
     """
 
     recorded: Results
@@ -311,18 +313,14 @@ class HeldOut:
     forecast: list[Results]
     lengths: list[dict[tuple[int, int], float]]
     control: Results | None = None
+    finished: dict[int, Results] | None = None
 
 
-def trained_on(setting: Setting, measure: Measure, warn: Callable[[str], None]) -> Results:
-    """The control: every run trained on to each horizon, and half and a quarter of the way to the first.
-
-    Raises:
-        UsageError: the runs are of no workload, or their rate is not constant.
-    """
+def control_ends(setting: Setting) -> list[int]:
+    """Steps at which the rate of the control's trainings is 0: horizons, and ¼ to 4 times the way to the first."""
     ahead = setting.steps_H[0] - setting.origin
-    ends = sorted({setting.origin + -(-ahead // part) for part in (4, 2)} | set(setting.steps_H))
-    runs = setting.source.runs
-    return cooled(setting.truth, runs, setting.origin, ends, measure.of, warn=warn, report=setting.report)
+    around = {-(-ahead // 4), -(-ahead // 2), ahead, 2 * ahead, 4 * ahead}
+    return sorted({setting.origin + steps for steps in around} | set(setting.steps_H))
 
 
 def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure) -> HeldOut:
@@ -391,3 +389,56 @@ def held_out(candidates: Sequence[Candidate], setting: Setting, measure: Measure
         lengths.append(passed)
     curves = {run: LossCurve.of(truth.steps, [recorded[run][step]["loss"] for step in truth.steps]) for run in runs}
     return HeldOut(recorded=recorded, curves=curves, forecast=forecast, lengths=lengths)
+
+
+def finished(
+    candidates: Sequence[Candidate],
+    steps: Mapping[int, Sequence[int]],
+    setting: Setting,
+    measure: Measure,
+    found: HeldOut,
+    warn: Callable[[str], None],
+) -> HeldOut:
+    """What was found, and beside it the control, and candidates after training on from their forecasts.
+
+    Args:
+        candidates: all that were weighed.
+        steps: horizons from whose forecasts to train on, by a candidate's place.
+        setting: of the evaluation.
+        measure: of it.
+        found: of all candidates.
+        warn: called where a run trained again is not what was recorded.
+
+    Raises:
+        UsageError: the runs are of no workload, or their rate is not constant.
+    """
+    runs, origin, end, ends = setting.source.runs, setting.origin, setting.steps_H[0], control_ends(setting)
+    results: dict[int, Results] = {}
+    with FallingRate(setting.truth, runs, origin, ends[-1], measure.of, warn, setting.report) as falling:
+        control = falling.trained(ends)
+        for place, candidate in enumerate(candidates):
+            results[place] = {run: {} for run in runs}
+            trained = {run: {end: control[run][end]} for run in runs}
+            before = [found.recorded[run][origin] for run in runs]
+            for step in steps[place]:
+                reached = [found.forecast[place][run][step] for run in runs]
+                if reached != before:  # many forecast the same at every step, and some w_n
+                    alone = replace(setting, steps_H=(step,))
+                    trained = falling.trained([end], _verified(candidate, alone, found.lengths[place]))
+                    before = reached
+                for run in runs:
+                    results[place][run][step] = trained[run][end]
+    return replace(found, control=control, finished=results)
+
+
+def _verified(
+    candidate: Candidate, setting: Setting, lengths: Mapping[tuple[int, int], float]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A candidate's weights, shortened as its verification said: (run, weights of shape [D])."""
+    for run, step, vector in candidate.vectors(setting):
+        length = lengths[run, step]
+        if length == 1:
+            yield run, vector
+            continue
+        last_D = setting.truth.read([run], [setting.origin])[0, 0]
+        yield run, last_D + length * (vector - last_D) if length else last_D

@@ -4,7 +4,8 @@
     python scripts/far_networks.py digits-cnn         # or some of them
 
 Every network is recorded at its workload's tuned rate (the plain CNN: tuned on as many images), a snapshot an epoch
-(the plain CNN: four; DistilBERT: four an epoch of 640 sentences). `far` is fitted on some runs and judged on others,
+(the plain CNN: four; DistilBERT: four an epoch of 640 sentences), the digits again at .012, nearer to what is best for
+a rate that falls, three an epoch. `far` is fitted on some runs and judged on others,
 from w_n with n = 8 snapshots, and so are the yardsticks.
 A forecast counts only where it lowers the loss of four batches that nothing is reported on, run by run, and as far
 along as does so most (`eval --lengths`; DistilBERT: all the way), else w_n does; worth is in epochs, after paying for
@@ -12,9 +13,10 @@ that. Beside networks with BatchNorm stands what new statistics do for w_n alone
 Rows go to scripts/results/far-networks.ndjson, a table and a picture beside.
 
 Worth in epochs is read off a run's own curve, at a rate that never falls; an average of snapshots gains on that curve
-what any fall of the rate would gain as well. So there is a control (`eval --control`): the judged runs trained on from
-w_n with the rate falling to 0. A forecast is worth the lesser of the two: epochs at the constant rate, and epochs of
-such a fall, that reach its loss.
+what any fall of the rate would gain as well, and so would a higher rate where it was too low. So there is a control
+(`eval --control`): the judged runs trained on from w_n with the rate falling to 0, from wherever is best. Either one
+stops at the forecast, or both end so, one epoch on: a forecast is worth the better of these, or what it is on the run's
+own curve if that is less.
 
 The goal, wherever training still improves (the true weights at that horizon have 95 % of w_n's loss or less): held-out
 loss at most .85 of w_n's, 95 % of the networks not worse, at least one epoch gained, by either measure. Late in
@@ -29,11 +31,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from farcli import evaluate, fit, record
-from farcli.cooling import cooled, steps_to_reach
-from farcli.evaluation import measure_of_workload
 from farcli.store import Trajectory
 from farcli.verbs.plot import saved_panels
 
@@ -42,8 +40,6 @@ CONTEXT = 8
 BATCHES = 4
 """To verify on."""
 IMPROVING, LOSS, NOT_WORSE, EPOCHS = 0.95, 0.85, 0.95, 1.0
-FALLING = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""Epochs within which the control's rate falls to 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +59,6 @@ class Case:
         seed: of the recording.
         method: options of `far`.
         lengths: shares of the way to a forecast that verification may choose from.
-        falling: epochs within which the control's rate falls to 0.
         memory: bytes that the data may take.
     """
 
@@ -79,7 +74,6 @@ class Case:
     seed: int = 100
     method: dict[str, str] = field(default_factory=dict)
     lengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
-    falling: tuple[float, ...] = FALLING
     memory: int = 2_000_000_000
 
 
@@ -88,6 +82,12 @@ CASES = {
                        last=47, starts=(7, 15, 31), ahead=(1, 2, 4, 8, 16), train=25, test=40),
     "digits-mlp": Case(workload="image-mlp", options={"train": "997", "own_split": "true"}, every=15, epoch=15,
                        last=47, starts=(7, 15, 31), ahead=(1, 2, 4, 8, 16), train=25, test=40),
+    "digits-cnn-fast": Case(workload="digits-cnn", options={"held_back": "300", "own_split": "true", "lr": "0.012"},
+                            every=5, epoch=15, last=52, starts=(7, 14, 28), ahead=(3, 6, 12, 24), train=25, test=40,
+                            lengths=(1.0,)),
+    "digits-mlp-fast": Case(workload="image-mlp", options={"train": "997", "own_split": "true", "lr": "0.012"},
+                            every=5, epoch=15, last=52, starts=(7, 14, 28), ahead=(3, 6, 12, 24), train=25, test=40,
+                            lengths=(1.0,)),
     "fashion-cnn": Case(workload="nas-cnn", options={"data": "fashion-mnist", "train": "2560", "held_out": "1000"},
                         every=20, epoch=20, last=23, starts=(7,), ahead=(1, 2, 4, 8), train=20, test=20),
     "fashion-cnn-adam": Case(workload="nas-cnn", options={"data": "fashion-mnist", "train": "2560", "held_out": "1000",
@@ -99,7 +99,7 @@ CASES = {
     "distilbert": Case(workload="distilbert", options={"held_back": "8928", "sentences": "250"}, every=5, epoch=20,
                        last=15, starts=(7,), ahead=(2, 4, 8), train=8, test=10,
                        method={"method": "loss", "updates": "50", "trends": "false"}, lengths=(1.0,),
-                       falling=(*FALLING[:3], 1.5), memory=14_000_000_000),
+                       memory=14_000_000_000),
 }  # fmt: skip
 
 
@@ -119,31 +119,14 @@ def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
         fitted = fit("far", [str(store)], file, context=CONTEXT, start=origin, targets=targets, device="cpu",
                      train_runs=f"0:{case.train}", options=case.method, memory=case.memory, replace=True)  # fmt: skip
         found = evaluate([str(file)], str(store), runs=f"{case.train}:{total}", targets=targets, verify=BATCHES,
-                         lengths=case.lengths, device="cpu", memory=case.memory)  # fmt: skip
+                         lengths=case.lengths, control=True, device="cpu", memory=case.memory)  # fmt: skip
         if layout.size > layout.parameters:  # BatchNorm's statistics
             again = evaluate(["persistence"], str(store), runs=f"{case.train}:{total}", targets=targets, start=origin,
                              buffers="reestimate", device="cpu", memory=case.memory)  # fmt: skip
             found += [row | {"role": "reestimated"} for row in again if row["method"] == "persistence"]
-        found += trained_on(case, store, start)
         print(f"{name}, from snapshot {start}: done", flush=True)
         yield [{"network": name, "epoch": case.epoch, "start": start, "seconds": fitted["seconds"], **row}
                for row in found]  # fmt: skip
-
-
-def trained_on(case: Case, store: Path, start: int) -> Rows:
-    """The judged runs trained on from w_n with the rate falling to 0."""
-    trajectory, origin = Trajectory.open(store), start * case.every
-    ends = [origin + max(1, round(epochs * case.epoch)) for epochs in case.falling]
-    judged = range(case.train, case.train + case.test)
-    measure = measure_of_workload(trajectory, "stored")
-    assert measure is not None
-    found = cooled(trajectory, judged, origin, ends, measure.of, warn=print)
-    losses = {end: [found[run][end]["loss"] for run in judged] for end in ends}
-    return [
-        {"step": end, "ahead": end - origin, "runs": case.test, "method": "falling rate", "role": "control",
-         "loss": float(np.mean(losses[end])), "losses": losses[end]}
-        for end in ends
-    ]  # fmt: skip
 
 
 def judged(rows: Rows) -> Rows:
@@ -157,23 +140,19 @@ def judged(rows: Rows) -> Rows:
         again = [other["loss"] for other in beside if other["role"] == "reestimated"]
         [true] = [other["loss"] for other in beside if other["role"] == "truth"]
         best = min((other for other in beside if other["role"] == "yardstick"), key=lambda other: other["loss"])
-        place = (row["network"], row["start"])
         control = [
             (other["ahead"], other["loss"])
             for other in rows
-            if (other["network"], other["start"]) == place and other["role"] == "control"
+            if (other["network"], other["start"], other["role"]) == (row["network"], row["start"], "control")
         ]
-        steps = steps_to_reach(row["loss"], kept, control)
         ratio, improving = row["loss"] / kept, true / kept <= IMPROVING
         worths = ("equivalent_steps", "equivalent_steps_low", "equivalent_steps_high", "net_steps")
         epochs = {key: row[key] / row["epoch"] for key in worths}
         cost = epochs["equivalent_steps"] - epochs["net_steps"]
-        falling = inf if steps is None else steps / row["epoch"]
-        reached = (
-            ratio <= LOSS
-            and row["not_worse"] >= NOT_WORSE
-            and min(epochs["equivalent_steps"], falling) - cost >= EPOCHS
-        )
+        falling = epochs_of(row, "control_steps")
+        saved = None if row["finished_loss"] is None else epochs_of(row, "saved_steps")
+        worth = min(epochs["equivalent_steps"], max(falling, falling if saved is None else saved)) - cost
+        reached = ratio <= LOSS and row["not_worse"] >= NOT_WORSE and worth >= EPOCHS
         lines.append({
             "network": row["network"], "start": row["start"], "from_epoch": (row["step"] - row["ahead"]) / row["epoch"],
             "ahead": row["ahead"], "ahead_epochs": row["ahead"] / row["epoch"], "runs": row["runs"], "kept_loss": kept,
@@ -182,10 +161,17 @@ def judged(rows: Rows) -> Rows:
             "yardstick": best["method"], "yardstick_ratio": best["loss"] / kept, "true_ratio": true / kept,
             "reestimated_ratio": again[0] / kept if again else None,
             "control": [[ahead / row["epoch"], loss / kept] for ahead, loss in control],
-            "control_epochs": None if steps is None else falling,
+            "control_epochs": falling, "saved_epochs": saved, "worth": worth,
+            "finished_ratio": None if saved is None else row["finished_loss"] / kept,
+            "yardstick_saved_epochs": None if best["finished_loss"] is None else epochs_of(best, "saved_steps"),
             "improving": improving, "reached": reached if improving else None,
         })  # fmt: skip
     return lines
+
+
+def epochs_of(row: dict[str, Any], key: str) -> float:
+    """Steps of a row's as epochs; infinity where the control does not get there."""
+    return inf if row[key] is None else row[key] / row["epoch"]
 
 
 def markdown(lines: Rows) -> str:
@@ -194,14 +180,16 @@ def markdown(lines: Rows) -> str:
         "",
         "Losses are held out and over that of keeping w_n; worth in epochs, median over the networks [95 %], before "
         "and after paying for the verification. Control: the same runs trained on from w_n, the rate falling to 0 "
-        "within 1 epoch, and within the best of up to 8, the optimiser's state kept or new, whichever is better; and "
-        "how many such epochs reach the loss of `far`. `make far-networks`; goal: ≤ .85, ≥ 95 % not worse, ≥ 1 epoch "
-        "net, of either kind.",
+        "within 1 epoch, and within the best of those ahead (¼, ½ and 2 epochs are measured too), its start doubled "
+        "for as long as that helps, the optimiser's state kept or new; how many such epochs reach the loss of `far`; "
+        "and how many are saved where both train so, an epoch on from the forecast (DistilBERT: half); of the best "
+        "yardstick too. Worth: the better of the two, or that on the own curve if it is less, net. "
+        "`make far-networks`; goal: ≤ .85, ≥ 95 % not worse, worth ≥ 1 epoch.",
         "",
-        "| network, runs | from epoch | ahead | loss | not worse | passed | worth, epochs | net "
-        "| best yardstick, verified too | w_n, statistics anew | true future | control, 1 epoch | best | worth of it "
-        "| goal |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| network, runs | from epoch | ahead | loss | not worse | passed | own curve, epochs | net "
+        "| best yardstick, verified too | w_n, statistics anew | true future | control, 1 epoch | best "
+        "| reached within | saved | by the yardstick | worth | goal |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     marks = {None: "·", True: "reached", False: "not reached"}
     for line in lines:
@@ -213,7 +201,7 @@ def markdown(lines: Rows) -> str:
             f"| {line['yardstick']} {line['yardstick_ratio']:.2f} "
             f"| {'·' if line['reestimated_ratio'] is None else format(line['reestimated_ratio'], '.2f')} "
             f"| {line['true_ratio']:.2f} "
-            f"| {control_cells(line)} "
+            f"| {control_cells(line)} | {line['worth']:+.1f} "
             f"| {marks[line['reached']]} |"
         )
     no_goal = "·: no goal, where the true weights have over 95 % of w_n's loss."
@@ -221,13 +209,14 @@ def markdown(lines: Rows) -> str:
 
 
 def control_cells(line: dict[str, Any]) -> str:
-    """Cells of the control: after an epoch, at its best, and how many epochs of it the forecast is worth."""
-    control, found = dict(line["control"]), line["control_epochs"]
-    if not control:
-        return "· | · | ·"
+    """Cells of the control: after an epoch, at its best, and what the forecast and the yardstick are worth by it."""
+    control = dict(line["control"])
     best = min(control, key=lambda epochs: control[epochs])
-    worth = f"> {max(control):g}" if found is None else f"{found:.1f}"
-    return f"{control[1.0]:.2f} | {control[best]:.2f} ({best:g}) | {worth}"
+    furthest = max(control)
+    reached = f"> {furthest:g}" if line["control_epochs"] == inf else f"{line['control_epochs']:.1f}"
+    saved = [line["saved_epochs"], line["yardstick_saved_epochs"]]
+    cells = ["·" if each is None else f"> {furthest - 1:+g}" if each == inf else f"{each:+.1f}" for each in saved]
+    return " | ".join([f"{control[1.0]:.2f}", f"{control[best]:.2f} ({best:g})", reached, *cells])
 
 
 def main() -> None:
@@ -270,7 +259,7 @@ def draw(lines: Rows, path: Path) -> None:
                 ("true_ratio", "k:", "true future"),
             ):
                 panel.plot(ahead, [line[key] for line in own], style, label=label, ms=4)
-            epochs, losses = zip(*own[0]["control"], strict=True) if own[0]["control"] else ((), ())
+            epochs, losses = zip(*own[0]["control"], strict=True)
             panel.plot(epochs, losses, "C3.-", lw=0.8, label="trained on, rate falling to 0", ms=4)
             panel.axhline(1, color="#8c8c8c", lw=0.8)
             panel.axhline(LOSS, color="C2", lw=0.8, label="goal")

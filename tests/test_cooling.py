@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from farcli import evaluate, record
-from farcli.cooling import cooled, steps_to_reach
+from farcli.cooling import FallingRate, Results, steps_to_reach
 from farcli.errors import UsageError
 from farcli.evaluation import measure_of_workload
 from farcli.store import Trajectory
+from farcli.training import workload_of
+from farcli.weights import load
 
 RECORDED: dict[str, Any] = {"runs": 3, "every": 5, "seed": 7}
 CONTROL = [(10, 0.8), (20, 0.6), (40, 0.58)]
@@ -50,6 +53,11 @@ def measure_of(truth: Trajectory) -> Callable[[np.ndarray, np.ndarray, int], dic
     return measure.of
 
 
+def trained(truth: Trajectory, runs: list[int], origin: int, ends: list[int], **more: Any) -> Results:
+    with FallingRate(truth, runs, origin, ends[-1], more.pop("measure", None) or measure_of(truth), **more) as falling:
+        return falling.trained(ends)
+
+
 def test_it_is_a_training_whose_rate_falls_from_there(store: Path, tmp_path: Path) -> None:
     """With its optimiser's state, bit for bit what `record` makes with that schedule from the start; or a new one."""
     truth = Trajectory.open(store)
@@ -61,7 +69,7 @@ def test_it_is_a_training_whose_rate_falls_from_there(store: Path, tmp_path: Pat
         measured[run].append(found["loss"])
         return found
 
-    found = cooled(truth, [1, 2], 20, [21, 35], watched, warn=told.append)
+    found = trained(truth, [1, 2], 20, [21, 35], measure=watched, warn=told.append)
     assert told == []
     options = {"held_back": "300", "own_split": "true", "schedule": "wsd", "decay": repr(15 / 35)}
     record("digits-cnn", tmp_path / "falling.zarr", steps=35, options=options, **RECORDED)
@@ -69,10 +77,66 @@ def test_it_is_a_training_whose_rate_falls_from_there(store: Path, tmp_path: Pat
     for run in (1, 2):
         expected = measure_of(falling)(falling.read([run], [35])[0, 0], falling.integers(run, 35), run)
         assert measured[run][1] == expected["loss"]
+    tunings = list(zip(measured[1], measured[2], strict=True))
+    assert len(tunings) >= 8  # state kept and new, the rate as it was and doubled, to each of two ends
     for place, end in enumerate((21, 35)):
-        kept, new = ([measured[run][place + state] for run in (1, 2)] for state in (0, 2))
-        assert kept != new
-        assert [found[run][end]["loss"] for run in (1, 2)] == min(kept, new, key=np.mean)
+        assert tuple(found[run][end]["loss"] for run in (1, 2)) == min(tunings[place::2], key=np.mean)
+
+
+RATE = 0.2
+SGD = {"optimizer": "sgd", "lr": str(RATE), "train": "500"}
+
+
+def by_hand(truth: Trajectory, weights: np.ndarray, run: int, origin: int, steps: int, raised: float) -> float:
+    """Plain gradient descent written out, its rate on a line to 0."""
+    workload = workload_of(truth.header)
+    assert workload is not None
+    seed = truth.header["seeds"][run]
+    model, batches = workload.model([seed]), workload.batches([seed], origin)
+    load(model, truth.layout, weights)
+    for step in range(steps):
+        loss = workload.loss(model, next(batches)).sum()
+        slopes = torch.autograd.grad(loss, list(model.parameters()))
+        with torch.no_grad():
+            for weight, slope in zip(model.parameters(), slopes, strict=True):
+                weight.sub_(raised * RATE * (1 - step / steps) * slope)
+    return workload.evaluate(model.eval(), seed)["loss"]
+
+
+def test_the_rate_is_doubled_for_as_long_as_that_helps(tmp_path: Path) -> None:
+    record("image-mlp", tmp_path / "runs.zarr", runs=2, steps=20, every=5, options=SGD)
+    truth = Trajectory.open(tmp_path / "runs.zarr")
+    found = trained(truth, [0, 1], 10, [20])
+    losses = {
+        raised: [by_hand(truth, truth.read([run], [10])[0, 0], run, 10, 10, raised) for run in (0, 1)]
+        for raised in (1, 2, 4, 8, 16, 32, 64)
+    }
+    best = min(losses, key=lambda raised: np.mean(losses[raised]))
+    assert 1 < best < 64
+    assert [found[run][20]["loss"] for run in (0, 1)] == pytest.approx(losses[best], rel=1e-4)
+
+
+def test_what_a_forecast_saves_where_both_end_alike(tmp_path: Path) -> None:
+    record("image-mlp", tmp_path / "runs.zarr", runs=2, steps=30, every=5, options=SGD)
+    truth = Trajectory.open(tmp_path / "runs.zarr")
+    rows = evaluate(["linear"], [str(truth.path)], start=10, context=3, targets="15,30", control=True)
+    [near, far] = [row for row in rows if row["method"] == "linear"]
+    for row in (near, far):
+        before, last = (truth.read([0, 1], [step])[:, 0] for step in (5, 10))
+        forecasts = last + (last - before) * row["ahead"] / 5
+        tried = [
+            np.mean([by_hand(truth, forecast, run, 10, 5, raised) for run, forecast in enumerate(forecasts)])
+            for raised in (1, 2, 4, 8, 16, 32, 64)
+        ]
+        assert row["finished_loss"] == pytest.approx(min(tried), rel=1e-4)
+        assert row["control_furthest"] == 20
+    kept = next(row for row in rows if row["method"] == "persistence")["loss"]
+    control = trained(truth, [0, 1], 10, [12, 13, 15, 20, 30])
+    curve = [(end - 10, float(np.mean([control[run][end]["loss"] for run in (0, 1)]))) for end in control[0]]
+    for row in (near, far):
+        reached = steps_to_reach(row["finished_loss"], kept, curve)
+        assert row["saved_steps"] == (None if reached is None else pytest.approx(reached - 5))
+    assert near["saved_steps"] is not None
 
 
 def test_other_weights_than_those_recorded_are_said(tmp_path: Path, store: Path) -> None:
@@ -80,7 +144,7 @@ def test_other_weights_than_those_recorded_are_said(tmp_path: Path, store: Path)
     truth = Trajectory.open(tmp_path / "other.zarr")
     truth.header["seeds"][0] += 1
     told: list[str] = []
-    cooled(truth, [0], 10, [12], lambda vector, integers, run: {"loss": 1.0}, warn=told.append)
+    trained(truth, [0], 10, [12], measure=lambda vector, integers, run: {"loss": 1.0}, warn=told.append)
     assert len(told) == 1
     assert "run 0 trained again has other weights at step 10" in told[0]
 
@@ -88,7 +152,7 @@ def test_other_weights_than_those_recorded_are_said(tmp_path: Path, store: Path)
 def test_rates_that_follow_a_schedule_are_refused(tmp_path: Path) -> None:
     record("linreg", tmp_path / "runs.zarr", runs=2, steps=20, every=5, options={"schedule": "cosine"})
     with pytest.raises(UsageError, match="is not constant after step 10, so that its true future is the control"):
-        cooled(Trajectory.open(tmp_path / "runs.zarr"), [0], 10, [12], lambda vector, integers, run: {"loss": 1.0})
+        trained(Trajectory.open(tmp_path / "runs.zarr"), [0], 10, [12])
 
 
 @pytest.mark.parametrize("stores", [1, 2])
@@ -110,9 +174,16 @@ def test_evaluate_shows_it_at_every_horizon(store: Path, tmp_path: Path, stores:
     others = [row for row in rows if row["role"] != "control"]
     assert all(row.get("control_steps") is None for row in plain)
     assert len(others) == len(plain)
+    added = {"control_steps", "control_furthest", "finished_loss", "saved_steps"}
     for row, expected in zip(others, plain, strict=True):
-        assert {key: repr(value) for key, value in row.items() if key != "control_steps"} == {
-            key: repr(value) for key, value in expected.items() if key != "control_steps"
+        assert {key: repr(value) for key, value in row.items() if key not in added} == {
+            key: repr(value) for key, value in expected.items() if key not in added
         }
+        if row["role"] == "forecast":
+            assert row["finished_loss"] is not None
+    for step in (30, 40):
+        yardsticks = [row for row in others if row["role"] == "yardstick" and row["step"] == step]
+        [finished] = [row["method"] for row in yardsticks if row["finished_loss"] is not None]
+        assert finished == min(yardsticks, key=lambda row: row["loss"])["method"]
     kept = next(row for row in rows if row["method"] == "persistence")
     assert kept["control_steps"] == 0

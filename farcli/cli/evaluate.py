@@ -34,7 +34,8 @@ COLUMNS = (
     Column(key="loss", heading="loss", form=".3g"),
     Column(key="accuracy", heading="acc.", form=".3f", spare=4),
     Column(key="worth", heading="worth"),
-    Column(key="falling", heading="falling"),
+    Column(key="falling", heading="falling", spare=4),
+    Column(key="saved", heading="saved"),
     Column(key="better", heading="better", form=".0%", spare=1),
     Column(key="kept", heading="kept", form=".0%"),
     Column(key="length", heading="length", form=".2f"),
@@ -125,8 +126,8 @@ def evaluate(
     )
     if chosen_format(format) == "table":
         rules = [i for i in range(len(rows)) if i == 0 or rows[i]["step"] != rows[i - 1]["step"]]
-        furthest = max((row["ahead"] for row in rows if row["role"] == "control"), default=None)
-        shown = [_shown(row, first=index in rules, furthest=furthest) for index, row in enumerate(rows)]
+        finish = min(row["ahead"] for row in rows)
+        shown = [_shown(row, first=index in rules, finish=finish) for index, row in enumerate(rows)]
         columns = [column for column in COLUMNS if any(row.get(column.key) is not None for row in shown)]
         emit(shown, columns, form=format, title=_title(inputs, rows), notes=_notes(rows), rule_before=rules)
     else:
@@ -155,7 +156,7 @@ def evaluated(inputs: list[str], quiet: bool, *, settings: list[str] | None, mem
         )
 
 
-def _shown(row: dict, *, first: bool, furthest: int | None) -> dict:
+def _shown(row: dict, *, first: bool, finish: int) -> dict:
     """A row as the table shows it: the horizon is said once."""
     style = {"forecast": "bold", "truth": "green", "control": "green", "chance": "dim"}.get(row["role"])
     when = f"{row['step']} {row['ahead']:+d}" if first else " "
@@ -169,7 +170,8 @@ def _shown(row: dict, *, first: bool, furthest: int | None) -> dict:
         "method": method,
         "skill": skill,
         "worth": worth(row),
-        "falling": falling(row, furthest),
+        "falling": falling(row),
+        "saved": saved(row, finish),
     }
     return {**row, **shown, "_style": style}
 
@@ -193,11 +195,20 @@ def worth(row: dict) -> str | None:
     return f"{sign}{steps:+.0f}{between}".replace("-", "−")
 
 
-def falling(row: dict, furthest: int | None) -> str | None:
+def falling(row: dict) -> str | None:
     """Steps of the control as a table shows them: "23", "> 600" where it does not get there within its furthest."""
-    if furthest is None or row["role"] not in ("forecast", "yardstick", "truth") or row["tensor"] is not None:
+    if row["control_furthest"] is None or row["role"] not in ("forecast", "yardstick", "truth"):
         return None
-    return f"> {furthest}" if row["control_steps"] is None else f"{row['control_steps']:.0f}"
+    return f"> {row['control_furthest']}" if row["control_steps"] is None else f"{row['control_steps']:.0f}"
+
+
+def saved(row: dict, finish: int) -> str | None:
+    """Steps saved as a table shows them: "+23", "> +580" where the control does not get there within its furthest."""
+    if row["finished_loss"] is None:
+        return None
+    if row["saved_steps"] is None:
+        return f"> {row['control_furthest'] - finish:+d}"
+    return f"{row['saved_steps']:+.0f}".replace("-", "−")
 
 
 def _title(inputs: list[str], rows: list[dict]) -> str:
@@ -234,9 +245,12 @@ def _notes(rows: list[dict]) -> list[str]:
             "counts in all that is held out. mse and skill are the forecast's own.",
         ]
     if any(row["role"] == "control" for row in rows):
+        finish = min(row["ahead"] for row in rows)
         notes += [
-            "falling rate: the same runs trained on, their rate falling to 0 on a line, with their optimiser's state",
-            "or a new one, whichever is better · falling: such steps that bring the same mean loss.",
+            "falling rate: the same runs trained on, their rate raised, where that helps, and falling to 0 on a line,",
+            "their optimiser's state kept or new, whichever is better · falling: such steps that bring the same mean",
+            f"loss · saved: where both end so: {finish} such steps on from the forecast bring a loss that takes",
+            f"{finish} and so many more from the last observed weights.",
         ]
     if any(row.get("length") not in (None, 1) for row in rows):
         notes.append("length: mean share of the way to it that did so most.")

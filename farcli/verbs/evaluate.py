@@ -14,16 +14,18 @@ import numpy as np
 
 from farcli.artefact import build
 from farcli.config import parse_selection
+from farcli.cooling import require_constant_rate
 from farcli.errors import CheckFailedError, FarcliError, ResourceError, UsageError
 from farcli.evaluation import (
     Candidate,
     Report,
     Setting,
     compare,
+    control_ends,
+    finished,
     held_out,
     measure_of_function,
     measure_of_workload,
-    trained_on,
 )
 from farcli.fitting.solving import solve
 from farcli.forecasters.base import Coupling, Problem
@@ -100,7 +102,8 @@ def evaluate(
             refused forecast counts as w_n. 0 measures every forecast as it is.
         lengths: shares of the way from w_n to a forecast to verify, where the one with the lowest loss counts; the
             forecast itself when None.
-        control: also train the runs on with a rate that falls to 0, from the last observed step (`farcli.cooling`).
+        control: also train the runs on with a rate that falls to 0, from the last observed step and from every
+            forecast (`farcli.cooling`).
         buffers: what becomes of BatchNorm statistics when the loss is measured.
         transfer: allow maps fitted on another network.
         device: where to compute.
@@ -115,8 +118,11 @@ def evaluate(
         accuracy (means over runs), equivalent_steps (median over runs of the training steps that the forecast is
         worth, against keeping w_n), bounded (runs in which that is only a bound), net_steps (after paying
         one held-out evaluation, or the verification; of the control its own steps), control_steps (steps within
-        which the control reaches that mean loss; None without one, or where it does not), better and not_worse
-        (share of runs with a lower loss than w_n's, and with no higher one), kept (share of runs in which
+        which the control reaches that mean loss; None without one, or where it does not), control_furthest (steps
+        that the longest of it takes), finished_loss (mean after training on from the forecast for as many steps as the
+        first horizon is ahead, the rate falling to 0), saved_steps (steps fewer than the control takes to that loss;
+        None where it does not get there), better and not_worse (share of runs with a lower loss than w_n's, and with
+        no higher one), kept (share of runs in which
         verification did not refuse) and length (mean over these of the share of the way that counts; both None
         without it), runs, stores, in_sample;
         of forecasts and yardsticks also ranked_by ("loss", or "mse" without one), rank (1 is best), behind (mean
@@ -191,7 +197,31 @@ def evaluate(
             say_once(text)
     _check_grids([setting for _, setting in chosen])
     weighed = [_weigh(named, setting, loss, verify, tried, control, train_runs, say_once) for named, setting in chosen]
-    return weighed_rows(_in_all(weighed, say_once), per_tensor=per_tensor)
+    common = _in_all(weighed, say_once)
+    return weighed_rows(_with_control(common, say_once) if control else common, per_tensor=per_tensor)
+
+
+def _with_control(weighed: Sequence[Weighed], warn: Warn) -> list[Weighed]:
+    """With the control, held against what was named and, at each horizon, against the best yardstick."""
+    candidates, steps_H = weighed[0].candidates, weighed[0].setting.steps_H
+
+    def loss(place: int, step: int) -> float:
+        found = [each.found.forecast[place] for each in weighed if each.found is not None]
+        return sum(results[run][step]["loss"] for results in found for run in results)
+
+    yardsticks = [place for place, candidate in enumerate(candidates) if candidate.role == "yardstick"]
+    best = {step: min(yardsticks, key=lambda place: loss(place, step)) for step in steps_H}
+    steps = {
+        place: [step for step in steps_H if candidate.role == "forecast" or best[step] == place]
+        for place, candidate in enumerate(candidates)
+    }
+    held: list[Weighed] = []
+    for each in weighed:
+        assert each.measure is not None
+        assert each.found is not None
+        found = finished(each.candidates, steps, each.setting, each.measure, each.found, warn)
+        held.append(replace(each, found=found))
+    return held
 
 
 def _lengths(given: Sequence[float] | None, verify: int) -> tuple[float, ...]:
@@ -323,13 +353,12 @@ def _weigh(
         measure = measure_of_workload(truth, setting.buffers, verify, lengths)
     if measure is None and verify:
         raise UsageError(f"--verify {verify}: {truth.path} names no workload, so there are no data to verify on.")
-    if measure is None and control:
-        raise UsageError(f"--control: {truth.path} names no workload, so there is no training to go on with.")
-    trained = trained_on(setting, measure, warn) if measure is not None and control else None
+    if control:
+        require_constant_rate(truth, setting.origin, control_ends(setting)[-1])
     sums = compare(candidates, setting)
     if measure is None:
         warn("no held-out loss: the store names no workload. Pass --loss package.module:function.")
-    found = replace(held_out(candidates, setting, measure), control=trained) if measure is not None else None
+    found = held_out(candidates, setting, measure) if measure is not None else None
     return Weighed(candidates=candidates, setting=setting, sums=sums, measure=measure, found=found)
 
 

@@ -25,6 +25,9 @@ _LOSS_KEYS = (
     "bounded",
     "net_steps",
     "control_steps",
+    "control_furthest",
+    "finished_loss",
+    "saved_steps",
     "better",
     "not_worse",
     "kept",
@@ -61,6 +64,7 @@ def weighed_rows(weighed: Sequence[Weighed], *, per_tensor: bool) -> list[dict[s
         stated = None  # the network has none
     measured = all(each.found is not None for each in weighed)
     control = _control(weighed) if measured else None
+    finish = setting.steps_H[0] - setting.origin
     cost = first.measure.cost if first.measure is not None else None
     in_sample = [
         any(set(overlap(e.candidates[i].training, e.setting.truth)) & set(e.setting.source.runs) for e in weighed)
@@ -89,7 +93,7 @@ def weighed_rows(weighed: Sequence[Weighed], *, per_tensor: bool) -> list[dict[s
                     **who,
                     "tensor": None,
                     **sums[index].measures(parameters, layout.parameters, h),
-                    **(of_loss.measures(cost, control) if of_loss is not None else no_loss),
+                    **(of_loss.measures(cost, control, finish) if of_loss is not None else no_loss),
                     **ranks[index],
                 }
             )
@@ -161,13 +165,15 @@ class _Losses:
     worth_B: np.ndarray
     bounded: int
     accuracies: list[float]
+    finished_B: np.ndarray | None
+    """Loss after training on from there, the rate falling to 0; None where nobody asked."""
     length_B: np.ndarray | None
     """Share of the way to the forecast that passed verification, 0 where none did; None where nothing is verified."""
 
     @classmethod
     def of(cls, weighed: Sequence[Weighed], candidate: int | str, step: int) -> "_Losses":
         """Of a candidate, or of what is held beside: the recorded future (TRUE) or the control (CONTROL)."""
-        losses, kept, worth, accuracies, lengths, bounded = [], [], [], [], [], 0
+        losses, kept, worth, accuracies, lengths, finished, bounded = [], [], [], [], [], [], 0
         judged = candidate if isinstance(candidate, int) else None
         verified = judged is not None and all(each.measure and each.measure.verification for each in weighed)
         for each in weighed:
@@ -183,6 +189,9 @@ class _Losses:
                 kept.append(keep)
                 worth.append(steps - each.found.curves[run].steps_to(keep)[0])
                 bounded += bound
+                if judged is not None and each.found.finished is not None:
+                    after = each.found.finished[judged][run].get(step)
+                    finished += [after["loss"]] if after is not None else []
                 accuracies += [measures["accuracy"]] if "accuracy" in measures else []
         return cls(
             loss_B=np.array(losses),
@@ -190,19 +199,25 @@ class _Losses:
             worth_B=np.array(worth),
             bounded=bounded,
             accuracies=accuracies,
+            finished_B=np.array(finished) if finished else None,
             length_B=np.array(lengths) if verified else None,
         )
 
-    def measures(self, cost: float | None, control: Sequence[tuple[int, float]] | None) -> dict[str, Any]:
+    def measures(
+        self, cost: float | None, control: Sequence[tuple[int, float]] | None, finish: int = 0
+    ) -> dict[str, Any]:
         """Means and medians over the runs.
 
         Args:
             cost: of checking one forecast, in training steps.
             control: steps and mean losses of the runs trained on with a falling rate.
+            finish: steps that training went on from there.
         """
         equivalent = float(np.median(self.worth_B))
         low, high = bootstrap_interval(self.worth_B, np.median)
         length_B, loss, kept = self.length_B, float(self.loss_B.mean()), float(self.kept_B.mean())
+        finished = None if self.finished_B is None else float(self.finished_B.mean())
+        reached = None if control is None or finished is None else steps_to_reach(finished, kept, control)
         return {
             "loss": loss,
             "accuracy": float(np.mean(self.accuracies)) if self.accuracies else None,
@@ -212,6 +227,9 @@ class _Losses:
             "bounded": self.bounded,
             "net_steps": equivalent - cost if cost is not None else None,
             "control_steps": None if control is None else steps_to_reach(loss, kept, control),
+            "control_furthest": None if control is None else control[-1][0],
+            "finished_loss": finished,
+            "saved_steps": None if reached is None else reached - finish,
             "better": float((self.loss_B < self.kept_B).mean()),
             "not_worse": float((self.loss_B <= self.kept_B).mean()),
             "kept": None if length_B is None else float((length_B > 0).mean()),
