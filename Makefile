@@ -130,7 +130,7 @@ far-d2: $(VENV)/demo  ## Weigh far on linear regressions, 40 seeds and the noise
 	$(BIN)/python scripts/far_d2.py --full-batch
 
 # Fashion-MNIST and the sentences as the README says; `make far-networks NETWORKS=digits-cnn` takes some of them.
-far-networks: $(VENV)/dev data/.fetched  ## What a verified forecast by far is worth on five real trainings; four hours and more
+far-networks: $(VENV)/dev data/.fetched  ## What a verified forecast by far is worth on five real trainings; eight hours and more
 	$(BIN)/python scripts/far_networks.py $(NETWORKS)
 
 # ------------------------------------------------------------------ benchmarks

@@ -1,6 +1,6 @@
 """What a verified forecast by `far` is worth on real networks, from the first 8 snapshots and from later ones.
 
-    python scripts/far_networks.py                    # all of them; DistilBERT takes two hours and 26 GB
+    python scripts/far_networks.py                    # all of them; DistilBERT takes five hours and 26 GB
     python scripts/far_networks.py digits-cnn         # or some of them
 
 Every network is recorded at its workload's tuned rate (the plain CNN: tuned on as many images), a snapshot an epoch
@@ -149,10 +149,13 @@ def judged(rows: Rows) -> Rows:
         worths = ("equivalent_steps", "equivalent_steps_low", "equivalent_steps_high", "net_steps")
         epochs = {key: row[key] / row["epoch"] for key in worths}
         cost = epochs["equivalent_steps"] - epochs["net_steps"]
-        falling = epochs_of(row, "control_steps")
+        falling = epochs_of(row, "control_steps") if control else None
         saved = None if row["finished_loss"] is None else epochs_of(row, "saved_steps")
-        worth = min(epochs["equivalent_steps"], max(falling, falling if saved is None else saved)) - cost
-        reached = ratio <= LOSS and row["not_worse"] >= NOT_WORSE and worth >= EPOCHS
+        by_control = max([each for each in (falling, saved) if each is not None], default=None)
+        worth = None if by_control is None else min(epochs["equivalent_steps"], by_control) - cost
+        reached: bool | None = ratio <= LOSS and row["not_worse"] >= NOT_WORSE
+        if reached:
+            reached = None if worth is None else worth >= EPOCHS
         lines.append({
             "network": row["network"], "start": row["start"], "from_epoch": (row["step"] - row["ahead"]) / row["epoch"],
             "ahead": row["ahead"], "ahead_epochs": row["ahead"] / row["epoch"], "runs": row["runs"], "kept_loss": kept,
@@ -194,29 +197,32 @@ def markdown(lines: Rows) -> str:
     marks = {None: "·", True: "reached", False: "not reached"}
     for line in lines:
         text.append(
-            f"| {line['network']}, {line['runs']} | {line['from_epoch']:g} | {line['ahead_epochs']:g} "
+            f"| {line['network']}, {line['runs']} | {line['from_epoch']:.3g} | {line['ahead_epochs']:g} "
             f"| {line['ratio']:.2f} | {line['not_worse']:.0%} | {line['verified']:.0%} "
             f"| {line['equivalent_epochs']:+.1f} [{line['equivalent_epochs_low']:+.1f}, "
             f"{line['equivalent_epochs_high']:+.1f}] | {line['net_epochs']:+.1f} "
             f"| {line['yardstick']} {line['yardstick_ratio']:.2f} "
             f"| {'·' if line['reestimated_ratio'] is None else format(line['reestimated_ratio'], '.2f')} "
             f"| {line['true_ratio']:.2f} "
-            f"| {control_cells(line)} | {line['worth']:+.1f} "
+            f"| {control_cells(line)} "
             f"| {marks[line['reached']]} |"
         )
-    no_goal = "·: no goal, where the true weights have over 95 % of w_n's loss."
+    no_goal = "·: no goal, where the true weights have over 95 % of w_n's loss; elsewhere not measured."
     return "\n".join([*text, "", no_goal, ""])
 
 
 def control_cells(line: dict[str, Any]) -> str:
     """Cells of the control: after an epoch, at its best, and what the forecast and the yardstick are worth by it."""
     control = dict(line["control"])
-    best = min(control, key=lambda epochs: control[epochs])
-    furthest = max(control)
+    if not control:
+        return "· | · | · | · | · | ·"
+    best, furthest = min(control, key=lambda epochs: control[epochs]), max(control)
     reached = f"> {furthest:g}" if line["control_epochs"] == inf else f"{line['control_epochs']:.1f}"
     saved = [line["saved_epochs"], line["yardstick_saved_epochs"]]
     cells = ["·" if each is None else f"> {furthest - 1:+g}" if each == inf else f"{each:+.1f}" for each in saved]
-    return " | ".join([f"{control[1.0]:.2f}", f"{control[best]:.2f} ({best:g})", reached, *cells])
+    return " | ".join(
+        [f"{control[1.0]:.2f}", f"{control[best]:.2f} ({best:g})", reached, *cells, f"{line['worth']:+.1f}"]
+    )
 
 
 def main() -> None:
@@ -259,18 +265,22 @@ def draw(lines: Rows, path: Path) -> None:
                 ("true_ratio", "k:", "true future"),
             ):
                 panel.plot(ahead, [line[key] for line in own], style, label=label, ms=4)
-            epochs, losses = zip(*own[0]["control"], strict=True)
+            epochs, losses = zip(*own[0]["control"], strict=True) if own[0]["control"] else ((), ())
             panel.plot(epochs, losses, "C3.-", lw=0.8, label="trained on, rate falling to 0", ms=4)
+            finished = own[-1]["finished_ratio"]
+            panel.plot(
+                ahead[:1], [float("nan") if finished is None else finished], "C3D", label="far, then the same", ms=6
+            )
             panel.axhline(1, color="#8c8c8c", lw=0.8)
             panel.axhline(LOSS, color="C2", lw=0.8, label="goal")
-            panel.set(xscale="log", title=f"{place[0]}, epoch {own[0]['from_epoch']:g}")
+            panel.set(xscale="log", title=f"{place[0]}, epoch {own[0]['from_epoch']:.3g}")
             panel.title.set_fontsize(9)
             panel.set_xticks(ahead, [f"{epochs:g}" for epochs in ahead])
             panel.minorticks_off()
             panel.tick_params(labelsize=7)
         panels[0].set_ylim(0, 1.05)
         figure = panels[0].figure
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
         figure.suptitle("held-out loss over that of w_n, against epochs ahead", fontsize=10)
 
 
