@@ -133,10 +133,11 @@ class FallingRate:
                 training = TrainingRun(self._constant, [self._seeds[run]])
                 assert training.restore(self._file(run, "recorded"), self._origin)
                 self._begin(training, run, vector, whose)
+        most = _DOUBLINGS if "lr" in self._truth.header["workload"]["options"] else 0
         best: dict[int, float] = {}
         found: Results = {run: {} for run in self._runs}
         for state in self._states:
-            for doubling in range(_DOUBLINGS + 1):
+            for doubling in range(most + 1):
                 lower = False
                 for end in ends:
                     results = self._trained(end, whose, state, 2.0**doubling)
@@ -178,9 +179,9 @@ def steps_to_reach(loss: float, kept: float, control: Sequence[tuple[int, float]
         control: pairs of steps, increasing, and mean losses.
 
     Returns:
-        0 where `loss` is no less than `kept`; None where the control does not reach it.
+        0 where `loss` is no less than `kept`, or not a number; None where the control does not reach it.
     """
-    if loss >= kept:
+    if not loss < kept:
         return 0.0
     before, last = 0.0, kept
     for steps, found in control:

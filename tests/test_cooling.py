@@ -25,6 +25,7 @@ CONTROL = [(10, 0.8), (20, 0.6), (40, 0.58)]
     [
         (1.0, 0),
         (1.1, 0),  # worse than keeping w_n
+        (float("nan"), 0),  # a forecast that went out of hand is no gain
         (0.9, 5),
         (0.8, 10),
         (0.7, 15),  # between two that were trained

@@ -102,8 +102,8 @@ def evaluate(
             refused forecast counts as w_n. 0 measures every forecast as it is.
         lengths: shares of the way from w_n to a forecast to verify, where the one with the lowest loss counts; the
             forecast itself when None.
-        control: also train the runs on with a rate that falls to 0, from the last observed step and from every
-            forecast (`farcli.cooling`).
+        control: also train the runs on with a rate that falls to 0, from the last observed step, from every
+            forecast and from the best yardstick (`farcli.cooling`).
         buffers: what becomes of BatchNorm statistics when the loss is measured.
         transfer: allow maps fitted on another network.
         device: where to compute.
@@ -121,10 +121,10 @@ def evaluate(
         which the control reaches that mean loss; None without one, or where it does not), control_furthest (steps
         that the longest of it takes), finished_loss (mean after training on from the forecast for as many steps as the
         first horizon is ahead, the rate falling to 0), saved_steps (steps fewer than the control takes to that loss;
-        None where it does not get there), better and not_worse (share of runs with a lower loss than w_n's, and with
-        no higher one), kept (share of runs in which
-        verification did not refuse) and length (mean over these of the share of the way that counts; both None
-        without it), runs, stores, in_sample;
+        None where it does not get there; both are of forecasts and of the best yardstick), better and not_worse (share
+        of runs with a lower loss than w_n's, and with no higher one), kept (share of runs in which verification did not
+        refuse) and length (mean over these of the share of the way that counts; both None without it), runs, stores,
+        in_sample;
         of forecasts and yardsticks also ranked_by ("loss", or "mse" without one), rank (1 is best), behind (mean
         over runs of that measure minus the best one's) and gain (of w_n's minus its own); equivalent_steps,
         behind and gain come with the ends of their 95 % interval over runs (…_low, …_high; None for one run).
