@@ -140,19 +140,20 @@ def judged(rows: Rows) -> Rows:
         again = [other["loss"] for other in beside if other["role"] == "reestimated"]
         [true] = [other["loss"] for other in beside if other["role"] == "truth"]
         best = min((other for other in beside if other["role"] == "yardstick"), key=lambda other: other["loss"])
-        control = [
-            (other["ahead"], other["loss"])
-            for other in rows
-            if (other["network"], other["start"], other["role"]) == (row["network"], row["start"], "control")
-        ]
+        place = [other for other in rows if all(other[key] == row[key] for key in ("network", "start"))]
+        control = [(other["ahead"], other["loss"]) for other in place if other["role"] == "control"]
         ratio, improving = row["loss"] / kept, true / kept <= IMPROVING
         worths = ("equivalent_steps", "equivalent_steps_low", "equivalent_steps_high", "net_steps")
         epochs = {key: row[key] / row["epoch"] for key in worths}
         cost = epochs["equivalent_steps"] - epochs["net_steps"]
         falling = epochs_of(row, "control_steps") if control else None
         saved = None if row["finished_loss"] is None else epochs_of(row, "saved_steps")
-        by_control = max([each for each in (falling, saved) if each is not None], default=None)
-        worth = None if by_control is None else min(epochs["equivalent_steps"], by_control) - cost
+        furthest = (row["control_furthest"] or 0) / row["epoch"]
+        finish = min(other["ahead"] for other in place)
+        worth = None
+        if control:  # where it does not get there, no more than was measured is claimed
+            by_control = max(min(falling or 0.0, furthest), min(saved or 0.0, furthest - finish / row["epoch"]))
+            worth = min(epochs["equivalent_steps"], by_control) - cost
         reached: bool | None = ratio <= LOSS and row["not_worse"] >= NOT_WORSE
         if reached:
             reached = None if worth is None else worth >= EPOCHS
@@ -165,6 +166,7 @@ def judged(rows: Rows) -> Rows:
             "reestimated_ratio": again[0] / kept if again else None,
             "control": [[ahead / row["epoch"], loss / kept] for ahead, loss in control],
             "control_epochs": falling, "saved_epochs": saved, "worth": worth,
+            "furthest_epochs": furthest, "finish_epochs": finish / row["epoch"],
             "finished_ratio": None if saved is None else row["finished_loss"] / kept,
             "yardstick_saved_epochs": None if best["finished_loss"] is None else epochs_of(best, "saved_steps"),
             "improving": improving, "reached": reached if improving else None,
@@ -216,10 +218,11 @@ def control_cells(line: dict[str, Any]) -> str:
     control = dict(line["control"])
     if not control:
         return "· | · | · | · | · | ·"
-    best, furthest = min(control, key=lambda epochs: control[epochs]), max(control)
+    best, furthest = min(control, key=lambda epochs: control[epochs]), line["furthest_epochs"]
+    most = f"> {furthest - line['finish_epochs']:+g}"
     reached = f"> {furthest:g}" if line["control_epochs"] == inf else f"{line['control_epochs']:.1f}"
     saved = [line["saved_epochs"], line["yardstick_saved_epochs"]]
-    cells = ["·" if each is None else f"> {furthest - 1:+g}" if each == inf else f"{each:+.1f}" for each in saved]
+    cells = ["·" if each is None else most if each == inf else f"{each:+.1f}" for each in saved]
     return " | ".join(
         [f"{control[1.0]:.2f}", f"{control[best]:.2f} ({best:g})", reached, *cells, f"{line['worth']:+.1f}"]
     )
