@@ -8,9 +8,7 @@ So both are finished alike, and what counts is how many steps the one saves the 
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import TracebackType
-from typing import Self, final
+from typing import final
 
 import numpy as np
 
@@ -46,12 +44,12 @@ def require_constant_rate(truth: Trajectory, origin: int, last: int) -> Workload
 
 @final
 class FallingRate:
-    """Runs of a recording trained on from one step, their rate falling to 0 on a line: a context manager.
+    """Runs of a recording trained on from one step, their rate falling to 0 on a line.
 
-    Entered, it trains every run again from its seed, for its optimiser's state and the order of its data, and keeps
-    both in a temporary folder, as large as the runs' weights and moments.
+    First every run is trained again from its seed, for its optimiser's state and the order of its data.
 
     Args:
+        folder: for both, as large as the runs' weights and moments, and as large again for those of a forecast.
         truth: the recording, of a workload at a constant rate.
         runs: labels of runs.
         origin: step that all go on from.
@@ -66,6 +64,7 @@ class FallingRate:
 
     def __init__(
         self,
+        folder: Path,
         truth: Trajectory,
         runs: Sequence[int],
         origin: int,
@@ -75,37 +74,27 @@ class FallingRate:
         report: Callable[[float, float, str], None] = lambda done, total, text: None,
     ) -> None:
         self._constant = require_constant_rate(truth, origin, last)
-        self._truth, self._runs, self._origin, self._measure = truth, tuple(runs), origin, measure
-        self._warn, self._report = warn, report
+        self._folder, self._truth, self._runs, self._origin = folder, truth, tuple(runs), origin
+        self._measure, self._report = measure, report
         self._seeds = dict(zip(truth.runs, truth.header["seeds"], strict=True))
         self._states = ("kept",)
-        self._folder = TemporaryDirectory()
-
-    def __enter__(self) -> Self:
-        truth, origin = self._truth, self._origin
         for number, run in enumerate(self._runs):
-            self._report(number, len(self._runs), "control: training again")
+            report(number, len(self._runs), "control: training again")
             training = TrainingRun(self._constant, [self._seeds[run]])
             if origin:
                 training.advance(origin)
             last_D = truth.read([run], [origin])[0, 0]
             if not np.allclose(training.vectors()[0], last_D, rtol=1e-2, atol=1e-4):
-                self._warn(
+                warn(
                     f"{truth.path}: run {run} trained again has other weights at step {origin} than were recorded "
                     "(on another machine?); the control goes on from those."
                 )
             if training.moments()[0].slots:
                 self._states = ("kept", "new")
             self._begin(training, run, last_D, "recorded")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._folder.cleanup()
 
     def _file(self, run: int, whose: str) -> Path:
-        return Path(self._folder.name) / f"{whose}-{run}.pt"
+        return self._folder / f"{whose}-{run}.pt"
 
     def _begin(self, training: TrainingRun, run: int, vector: np.ndarray, whose: str) -> None:
         integers = self._truth.integers(run, self._origin)[None] if self._truth.has_integers else None

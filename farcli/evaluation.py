@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -160,6 +162,13 @@ def compare(candidates: Sequence[Candidate], setting: Setting) -> list[Displacem
     return sums
 
 
+def part_way(last_D: np.ndarray, forecast_D: np.ndarray, share: float) -> np.ndarray:
+    """The weights at a share of the way from w_n to a forecast, at either end exactly: [D]."""
+    if share in (0, 1):  # where the forecast is not finite, w_n is
+        return forecast_D if share else last_D
+    return last_D + share * (forecast_D - last_D)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """How forecasts are verified before they are measured.
@@ -178,7 +187,7 @@ class Verification:
         """The share of the way that lowers the loss of w_n, `kept`, most, and the weights there; 0 and w_n if none."""
         best, length, chosen_D = kept, 0.0, last_D
         for share in self.lengths:
-            there_D = forecast_D if share == 1 else last_D + share * (forecast_D - last_D)
+            there_D = part_way(last_D, forecast_D, share)
             lost = self.loss(there_D, integers, run)
             if lost < best:  # NaN is no gain
                 best, length, chosen_D = lost, share, there_D
@@ -414,7 +423,8 @@ def finished(
     """
     runs, origin, end, ends = setting.source.runs, setting.origin, setting.steps_H[0], control_ends(setting)
     results: dict[int, Results] = {}
-    with FallingRate(setting.truth, runs, origin, ends[-1], measure.of, warn, setting.report) as falling:
+    with TemporaryDirectory() as folder:
+        falling = FallingRate(Path(folder), setting.truth, runs, origin, ends[-1], measure.of, warn, setting.report)
         control = falling.trained(ends)
         for place, candidate in enumerate(candidates):
             results[place] = {run: {} for run in runs}
@@ -436,9 +446,5 @@ def _verified(
 ) -> Iterator[tuple[int, np.ndarray]]:
     """A candidate's weights, shortened as its verification said: (run, weights of shape [D])."""
     for run, step, vector in candidate.vectors(setting):
-        length = lengths[run, step]
-        if length == 1:
-            yield run, vector
-            continue
         last_D = setting.truth.read([run], [setting.origin])[0, 0]
-        yield run, last_D + length * (vector - last_D) if length else last_D
+        yield run, part_way(last_D, vector, lengths[run, step])

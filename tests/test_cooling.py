@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,9 @@ def measure_of(truth: Trajectory) -> Callable[[np.ndarray, np.ndarray, int], dic
 
 
 def trained(truth: Trajectory, runs: list[int], origin: int, ends: list[int], **more: Any) -> Results:
-    with FallingRate(truth, runs, origin, ends[-1], more.pop("measure", None) or measure_of(truth), **more) as falling:
-        return falling.trained(ends)
+    with TemporaryDirectory() as folder:
+        measure = more.pop("measure", None) or measure_of(truth)
+        return FallingRate(Path(folder), truth, runs, origin, ends[-1], measure, **more).trained(ends)
 
 
 def test_it_is_a_training_whose_rate_falls_from_there(store: Path, tmp_path: Path) -> None:
