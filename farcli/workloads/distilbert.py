@@ -42,7 +42,7 @@ from farcli.workloads.optimisation import (
     rate_help,
     resolved,
 )
-from farcli.workloads.randomness import fresh, seeded, shuffled
+from farcli.workloads.randomness import divided, fresh, seeded, shuffled
 from farcli.workloads.texts import GET_MINILM, Sentences, labelled_sentences, placed, require_digest
 
 # After 60 steps of 16 with MiniLM: loss .45 with rmsprop, .46 adagrad, .63 sgd, .67 momentum; adamw .45 after 75 of 32.
@@ -117,9 +117,12 @@ class DistilbertConfig(TrainingOptions):
     held_back: int = field(
         default=0,
         metadata={
-            "help": "training sentences kept out of training, always the same, to verify leaps on beside those held "
-            "out that nothing is taken over"
+            "help": "training sentences kept out of training, to verify leaps on beside those held out that nothing is "
+            "taken over"
         },
+    )
+    own_split: bool = field(
+        default=False, metadata={"help": "whether each run draws which these are; otherwise always the same"}
     )
     digest: str | None = field(
         default=None, metadata={"help": "of the data, to make sure of them; none takes any, and a recording says which"}
@@ -157,10 +160,9 @@ class Distilbert(Workload):
     def __init__(self, config: DistilbertConfig) -> None:
         require_transformers("distilbert")
         data = labelled_sentences(config.data, config.held_out)
-        order = np.random.default_rng(_BACK_SEED).permutation(len(data.train.texts))
-        back, trained = np.split(order, [min(config.held_back, len(order))])
-        if config.batch > len(trained):
-            raise UsageError(f"distilbert: batch={config.batch}, but there are {len(trained)} sentences to train on.")
+        trained = max(0, len(data.train.texts) - config.held_back)
+        if config.batch > trained:
+            raise UsageError(f"distilbert: batch={config.batch}, but there are {trained} sentences to train on.")
         if config.pretrained is not None:
             self._place = Path(config.pretrained)
         else:
@@ -191,13 +193,12 @@ class Distilbert(Workload):
             digest=digest,
         )
         encode = self._tokenizer()
-        whole = encode(data.train)
-        self._train, held_back = _of(whole, np.sort(trained)), _of(whole, back)
+        self._train = encode(data.train)
         order = np.random.default_rng(_JUDGED_SEED).permutation(len(data.held_out.texts))
         chosen, rest = np.split(order, [self._config.sentences])
         whole = encode(data.held_out)
         self._held_out = _of(whole, sorted(chosen, key=lambda index: len(whole[0][index])))  # little is padding then
-        self._spare = _unlike(_joined(_of(whole, rest), held_back), _joined(self._train, self._held_out))
+        self._rest = _of(whole, rest)
 
     @property
     def config(self) -> DistilbertConfig:
@@ -225,9 +226,18 @@ class Distilbert(Workload):
     def batches(self, seeds: Sequence[int], start: int = 0) -> Iterator[Batch]:
         """Triples (tokens, mask, labels), padded to the longest; the last few sentences of an epoch are dropped."""
         (seed,) = seeds
-        tokens, labels = self._train
+        tokens, labels = self._parts(seed)[1]
         for chosen in shuffled(seed, len(labels), self._config.batch, start):
             yield *self._padded([tokens[index] for index in chosen]), labels[chosen]
+
+    def _parts(self, seed: int) -> tuple[_Encoded, _Encoded]:
+        """Of the sentences that are not held out: those that a run holds back, and those it is trained on."""
+        if self._config.own_split:
+            back, mine = divided(seed, len(self._train[1]), self._config.held_back, True)
+        else:
+            order = np.random.default_rng(_BACK_SEED).permutation(len(self._train[1]))
+            back, mine = np.split(order, [self._config.held_back])
+        return _of(self._train, back), _of(self._train, np.sort(mine))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy."""
@@ -248,7 +258,8 @@ class Distilbert(Workload):
 
     def verification(self, seed: int, draw: int, batches: int) -> Sequence[Batch]:
         """Triples (tokens, mask, labels) of held-out sentences that nothing is reported on, and those held back."""
-        tokens, labels = self._spare
+        back, mine = self._parts(seed)
+        tokens, labels = _unlike(_joined(self._rest, back), _joined(mine, self._held_out))
         if not tokens:
             raise UsageError(
                 "distilbert: no sentences are left to verify on.",
@@ -259,8 +270,8 @@ class Distilbert(Workload):
         return [(*self._padded([tokens[index] for index in part]), labels[part]) for part in parts]
 
     def chance(self) -> dict[str, float]:
-        """Always answer with the class frequencies of the training sentences."""
-        labels = self._train[1]
+        """Always answer with the class frequencies of the sentences that some run is trained on."""
+        labels = self._train[1] if self._config.own_split else self._parts(0)[1][1]
         frequencies = torch.bincount(labels).double() / len(labels)
         answers = self._held_out[1]
         return {
@@ -306,9 +317,10 @@ class Distilbert(Workload):
         return pad_sequence(tokens, True, self._architecture["pad_token_id"]), pad_sequence(mask, True)
 
 
-def _of(sentences: _Encoded, numbers: Sequence[int] | np.ndarray) -> _Encoded:
+def _of(sentences: _Encoded, numbers: Sequence[int] | np.ndarray | Tensor) -> _Encoded:
     tokens, labels = sentences
-    return [tokens[number] for number in numbers], labels[torch.from_numpy(np.asarray(numbers, np.int64))]
+    chosen = np.asarray(numbers, np.int64)
+    return [tokens[number] for number in chosen], labels[torch.from_numpy(chosen)]
 
 
 def _joined(a: _Encoded, b: _Encoded) -> _Encoded:

@@ -24,8 +24,8 @@ from tests.workloads.small import small_options
 SEED, OTHER = run_seed(0, 0), run_seed(0, 1)
 
 
-OWN_SPLIT = ("digits-cnn", "image-mlp")
-"""Of the two ways that there are to draw one's own images, one each."""
+OWN_SPLIT = ("digits-cnn", "image-mlp", "distilbert")
+"""Of the ways that there are to draw one's own examples, one each."""
 
 
 @pytest.fixture(scope="module", params=[*WORKLOADS, *(f"{name}, own split" for name in OWN_SPLIT)])

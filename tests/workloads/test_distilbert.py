@@ -1,5 +1,6 @@
 import json
 import sys
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from safetensors.torch import load, load_file, save_file
 
 from farcli.errors import UsageError
 from farcli.training import Network, TrainingRun, run_seed, workload_from
-from farcli.workloads.base import evaluating
+from farcli.workloads.base import Batch, evaluating
 from farcli.workloads.distilbert import Distilbert
 from farcli.workloads.folders import one_of
 from tests.workloads.small import FEELINGS, SPECIAL, WORDS, feelings, tiny_distilbert
@@ -31,6 +32,11 @@ def tiny(folder: Path, **options: str) -> Distilbert:
     workload = workload_from("distilbert", common | options)
     assert isinstance(workload, Distilbert)
     return workload
+
+
+def words(batches: Iterable[Batch]) -> set[bytes]:
+    """The sentences of batches of one."""
+    return {tokens.numpy().tobytes() for tokens, _, _ in batches}
 
 
 def real(**options: str) -> Distilbert:
@@ -163,10 +169,13 @@ def test_held_out_sentences_are_as_many_as_asked_for(folder: Path):
 
 
 def test_leaps_are_verified_on_what_is_neither_reported_nor_trained_on(folder: Path, tmp_path: Path):
-    assert len(tiny(folder, sentences="40")._spare[0]) == 110
-    workload = tiny(folder, sentences="40", held_back="200")
-    assert len(workload._spare[0]) == 310
-    assert len(workload._train[0]) == 1350 - 200
+    alone = {"sentences": "40", "batch": "1"}
+    assert len(tiny(folder, **alone).verification(SEED, 0, 999)) == 110
+    workload = tiny(folder, **alone, held_back="200")
+    back, trained = words(workload.verification(SEED, 0, 999)), words(islice(workload.batches([SEED]), 1150))
+    assert (len(back), len(trained)) == (310, 1150)
+    assert not back & trained
+    assert words(workload.verification(run_seed(0, 1), 0, 999)) == back
     with pytest.raises(UsageError, match="no sentences are left"):
         tiny(folder, sentences="150").verification(SEED, 0, 1)
     (tmp_path / "own.tsv").write_text("label\ttext\n" + "good\tword1 good\nbad\tword2 bad\n" * 50)
@@ -174,6 +183,18 @@ def test_leaps_are_verified_on_what_is_neither_reported_nor_trained_on(folder: P
     same = {"data": str(tmp_path / "own.tsv"), "held_out": str(tmp_path / "held-out.tsv"), "held_back": "50"}
     with pytest.raises(UsageError, match="no sentences are left"):
         tiny(folder, **same).verification(SEED, 0, 1)  # all that is kept back is trained on too
+
+
+def test_runs_that_draw_their_own_sentences_hold_back_others_each(folder: Path):
+    workload = tiny(folder, sentences="40", batch="1", held_back="1200", own_split="true")
+    trained, back = [], []
+    for seed in (run_seed(0, run) for run in range(12)):
+        trained.append(words(islice(workload.batches([seed]), 150)))
+        back.append(words(workload.verification(seed, 0, 9999)))
+        assert (len(trained[-1]), len(back[-1])) == (150, 1310)
+        assert not trained[-1] & back[-1]
+    assert all(len(trained[0] & other) < 35 for other in trained[1:])  # 150² / 1350 = 17 are expected
+    assert len(set.union(*trained)) > 950  # 1350 (1 − (1 − 150 / 1350)^12) = 1021 are expected
 
 
 def test_adapters_start_as_the_pretrained_network_and_only_they_and_the_head_are_trained_and_recorded(folder: Path):
