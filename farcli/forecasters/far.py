@@ -267,6 +267,9 @@ class Far(SolvedForecaster):
             metadata={"help": 'update rule of the training runs, "sgd lr=0.1 momentum=0.9"; empty: from the store'},
         )
         updates: int = field(default=200, metadata={"help": "updates of each fit of a leap, with method=loss"})
+        lr: float = field(
+            default=0.05, metadata={"help": "learning rate of these fits, see loss-lfd; with fewer updates raise it"}
+        )
         trends: bool = field(
             default=True,
             metadata={
@@ -277,8 +280,7 @@ class Far(SolvedForecaster):
         def __post_init__(self) -> None:
             if self.optimizer:
                 UpdateRule.parse(self.optimizer)
-            if self.updates < 1:
-                raise ValueError(f"updates = {self.updates}, expected 1 or more.")
+            LossLfd.Config(updates=self.updates, lr=self.lr)  # says what is wrong with them
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -334,7 +336,7 @@ class Far(SolvedForecaster):
 
     @property
     def _leaps(self) -> LossLfd:
-        return LossLfd(LossLfd.Config(updates=self._config.updates, trends=self._config.trends))
+        return LossLfd(LossLfd.Config(updates=self._config.updates, lr=self._config.lr, trends=self._config.trends))
 
     def prepared(self, problem: Problem, known: Known) -> Self:
         """Choose the method.

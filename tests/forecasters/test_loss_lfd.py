@@ -73,6 +73,20 @@ def test_leaps_are_as_long_as_lowers_the_loss() -> None:
     torch.testing.assert_close(found, torch.tensor([[0.0, 40.0, 0.0]] * 2), atol=1.0, rtol=0)
 
 
+def test_few_updates_get_further_at_a_higher_rate_in_far_too() -> None:
+    rows_RCD = normal(8, 4, 5, seed=6).cumsum(1)
+    first, _, previous, last = rows_RCD.unbind(1)
+    points_RD = last + 0.9 * (last - first) - 1.4 * (last - previous)
+    loss = Distance(points_RD)
+    slow, fast = (fit(rows_RCD, loss, updates=30, lr=lr) for lr in (0.05, 0.2))
+    missed = [(f.forecast(prefix_of(rows_RCD), (40,))[:, 0] - points_RD).square().mean() for f in (slow, fast)]
+    assert missed[1] < missed[0] / 4
+    problem = Problem(layout=LAYOUT, coordinates=5, runs=8, steps_C=STEPS_C, steps_H=STEPS_H, memory=10**8)
+    far = Far(Far.Config(method="loss", updates=30, lr=0.2)).prepared(problem, Known(loss=lambda: loss))
+    far = solve(far, problem, lambda: [(prefix_of(rows_RCD), rows_RCD[:, [-1, -1]])])
+    torch.testing.assert_close(*(f.forecast(prefix_of(rows_RCD), STEPS_H) for f in (far, fast)))
+
+
 def test_w_n_is_kept_where_runs_left_out_gain_nothing() -> None:
     rows_RCD = normal(8, 4, 5, seed=1).cumsum(1)
     fitted = fit(rows_RCD, Distance(rows_RCD[:, -1], noise=1.0), updates=40)
