@@ -4,8 +4,8 @@
     python scripts/far_networks.py digits-cnn         # or some of them
 
 Every network is recorded at its workload's tuned rate (the plain CNN: tuned on as many images), a snapshot an epoch
-(the plain CNN: four; DistilBERT: four an epoch of 640 sentences), the digits again at .012, nearer to what is best for
-a rate that falls, three an epoch. `far` is fitted on some runs and judged on others,
+(the plain CNN: four; DistilBERT: four an epoch of 640 sentences), the digits and DistilBERT again at .012 and 1e-4,
+nearer to what is best for a rate that falls, three and ten an epoch. `far` is fitted on some runs and judged on others,
 from w_n with n = 8 snapshots, and so are the yardsticks.
 A forecast counts only where it lowers the loss of four batches that nothing is reported on, run by run, and as far
 along as does so most (`eval --lengths`; DistilBERT: all the way), else w_n does; worth is in epochs, after paying for
@@ -56,7 +56,9 @@ class Case:
         ahead: horizons, in snapshots.
         train: runs to fit on.
         test: runs to judge on.
+        at: steps of the snapshots, where they are not all that `every` names.
         seed: of the recording.
+        test_seed: of one of its own for the runs judged, where they have one.
         method: options of `far`.
         lengths: shares of the way to a forecast that verification may choose from.
         memory: bytes that the data may take.
@@ -71,7 +73,9 @@ class Case:
     ahead: tuple[int, ...]
     train: int
     test: int
+    at: tuple[int, ...] = ()
     seed: int = 100
+    test_seed: int | None = None
     method: dict[str, str] = field(default_factory=dict)
     lengths: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)
     memory: int = 2_000_000_000
@@ -100,17 +104,21 @@ CASES = {
                        last=15, starts=(7,), ahead=(2, 4, 8), train=8, test=10,
                        method={"method": "loss", "updates": "50", "trends": "false"}, lengths=(1.0,),
                        memory=14_000_000_000),
+    "distilbert-fast": Case(workload="distilbert", options={"held_back": "8928", "sentences": "250",
+                                                            "own_split": "true", "lr": "1e-4"},
+                            every=2, epoch=20, last=27, starts=(7,), ahead=(5, 10, 20), train=10, test=5,
+                            at=(*range(0, 16, 2), 24, 34, 44, 54), seed=900, test_seed=901,
+                            method={"method": "loss", "updates": "50", "lr": "0.1", "trends": "false"}, lengths=(1.0,),
+                            memory=16_000_000_000),
 }  # fmt: skip
 
 
 def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
     """Record what is not there yet; then the rows from each start."""
-    store = runs / f"{name}.zarr"
-    total = case.train + case.test
-    if not (store / "zarr.json").exists():
-        steps = case.every * case.last
-        record(case.workload, store, runs=total, steps=steps, every=case.every, seed=case.seed, options=case.options,
-               resume=True)  # fmt: skip
+    store = recorded(case, runs / f"{name}.zarr", case.train + case.test * (case.test_seed is None), case.seed)
+    test, judged_runs = store, f"{case.train}:{case.train + case.test}"
+    if case.test_seed is not None:
+        test, judged_runs = recorded(case, runs / f"{name}-test.zarr", case.test, case.test_seed), f"0:{case.test}"
     layout = Trajectory.open(store).layout
     for start in case.starts:
         origin = start * case.every
@@ -118,15 +126,24 @@ def weighed(name: str, case: Case, runs: Path) -> Iterator[Rows]:
         file = runs / f"{name}-{start}.safetensors"
         fitted = fit("far", [str(store)], file, context=CONTEXT, start=origin, targets=targets, device="cpu",
                      train_runs=f"0:{case.train}", options=case.method, memory=case.memory, replace=True)  # fmt: skip
-        found = evaluate([str(file)], str(store), runs=f"{case.train}:{total}", targets=targets, verify=BATCHES,
+        found = evaluate([str(file)], str(test), runs=judged_runs, targets=targets, verify=BATCHES,
                          lengths=case.lengths, control=True, device="cpu", memory=case.memory)  # fmt: skip
         if layout.size > layout.parameters:  # BatchNorm's statistics
-            again = evaluate(["persistence"], str(store), runs=f"{case.train}:{total}", targets=targets, start=origin,
+            again = evaluate(["persistence"], str(test), runs=judged_runs, targets=targets, start=origin,
                              buffers="reestimate", device="cpu", memory=case.memory)  # fmt: skip
             found += [row | {"role": "reestimated"} for row in again if row["method"] == "persistence"]
         print(f"{name}, from snapshot {start}: done", flush=True)
         yield [{"network": name, "epoch": case.epoch, "start": start, "seconds": fitted["seconds"], **row}
                for row in found]  # fmt: skip
+
+
+def recorded(case: Case, store: Path, runs: int, seed: int) -> Path:
+    """A recording that is there already, or is made."""
+    if not (store / "zarr.json").exists():
+        steps, every = case.every * case.last, None if case.at else case.every
+        record(case.workload, store, runs=runs, steps=steps, every=every, at=case.at or None, seed=seed,
+               options=case.options, resume=True)  # fmt: skip
+    return store
 
 
 def judged(rows: Rows) -> Rows:
